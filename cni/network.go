@@ -1,0 +1,68 @@
+// Package cni attaches pods to networks: through libcni and the plugins of a
+// conf dir when it holds a configuration, otherwise through the built-in
+// default network (cni/builtin). A Network makes the pod's network namespace
+// itself, so that an implementation may keep some ready.
+package cni
+
+import (
+	"context"
+	"net/netip"
+	"os"
+
+	"github.com/berth-runtime/berth/internal/id"
+)
+
+// Protocol of a port mapping.
+type Protocol string
+
+// Protocols.
+const (
+	TCP  Protocol = "tcp"
+	UDP  Protocol = "udp"
+	SCTP Protocol = "sctp"
+)
+
+// PortMapping publishes a container port on the host. An unset HostIP means all
+// addresses of both families, loopback included. HostPort 0 maps nothing.
+type PortMapping struct {
+	Protocol      Protocol   `json:"protocol"`
+	ContainerPort uint16     `json:"containerPort"`
+	HostPort      uint16     `json:"hostPort"`
+	HostIP        netip.Addr `json:"hostIP,omitzero"`
+}
+
+// Pod is what a network must know of a pod sandbox.
+type Pod struct {
+	ID                   id.Pod            `json:"id"`
+	Name, Namespace, UID string            `json:",omitempty"`
+	Labels               map[string]string `json:"labels,omitempty"`
+	Annotations          map[string]string `json:"annotations,omitempty"`
+	CgroupParent         string            `json:"cgroupParent,omitempty"`
+	PortMappings         []PortMapping     `json:"portMappings,omitempty"`
+}
+
+// Attachment is the durable result of Attach; the engine journals it and hands
+// it back to Detach, also after a restart or a reboot. NetNSPath is set only
+// where a plugin must remember a path; State is opaque to everyone but the
+// Network that made it.
+type Attachment struct {
+	Network   string       `json:"network"`
+	IPs       []netip.Addr `json:"ips"` // primary first
+	NetNSPath string       `json:"netnsPath,omitempty"`
+	State     []byte       `json:"state,omitempty"`
+}
+
+// Network attaches pods. Calls for different pods run concurrently; calls for
+// one pod do not.
+type Network interface {
+	// Attach makes a network namespace, wires it and returns it open. On error
+	// nothing is left behind, or a Detach with a zero Attachment cleans it.
+	Attach(ctx context.Context, p Pod) (Attachment, *os.File, error)
+	// Detach releases addresses, ports and the namespace. netns may be nil (gone,
+	// as after a reboot). It is idempotent; after an error it can be called again.
+	Detach(ctx context.Context, p Pod, a Attachment, netns *os.File) error
+	// Ready returns nil when pods can be attached, else the reason and remedy.
+	Ready() error
+	// GC releases everything that belongs to none of the given pods.
+	GC(ctx context.Context, live []id.Pod) error
+}

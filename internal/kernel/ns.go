@@ -1,0 +1,101 @@
+// Package kernel is where Berth meets Linux: namespaces, mounts by file
+// descriptor, paths below an untrusted root, and feature probes. Features are
+// probed and cached, never guessed from version strings.
+package kernel
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"runtime"
+
+	"golang.org/x/sys/unix"
+)
+
+// Namespace is a kind of namespace, as its file in /proc/<pid>/ns is called.
+type Namespace string
+
+// Namespaces.
+const (
+	NetNS    Namespace = "net"
+	IPCNS    Namespace = "ipc"
+	UTSNS    Namespace = "uts"
+	PIDNS    Namespace = "pid"
+	MountNS  Namespace = "mnt"
+	UserNS   Namespace = "user"
+	CgroupNS Namespace = "cgroup"
+)
+
+var cloneFlags = map[Namespace]int{
+	NetNS: unix.CLONE_NEWNET, IPCNS: unix.CLONE_NEWIPC, UTSNS: unix.CLONE_NEWUTS, PIDNS: unix.CLONE_NEWPID,
+	MountNS: unix.CLONE_NEWNS, UserNS: unix.CLONE_NEWUSER, CgroupNS: unix.CLONE_NEWCGROUP,
+}
+
+// CloneFlag returns the CLONE_NEW* flag of n.
+func (n Namespace) CloneFlag() int { return cloneFlags[n] }
+
+// OpenCurrent opens the calling thread's namespace. The caller must have locked
+// the OS thread if it changed the thread's namespaces.
+func (n Namespace) OpenCurrent() (*os.File, error) {
+	return os.Open("/proc/thread-self/ns/" + string(n))
+}
+
+// NewNamespaces makes one new namespace of each kind and returns them open, in
+// order. in runs inside them, on a thread of its own, before they are returned;
+// it may be nil. No process is needed: the fds hold the namespaces.
+func NewNamespaces(kinds []Namespace, in func() error) ([]*os.File, error) {
+	var files []*os.File
+	err := onThread(func() error {
+		flags := 0
+		for _, k := range kinds {
+			flags |= k.CloneFlag()
+		}
+		if err := unix.Unshare(flags); err != nil {
+			return fmt.Errorf("unshare %v: %w", kinds, err)
+		}
+		for _, k := range kinds {
+			f, err := k.OpenCurrent()
+			if err != nil {
+				return err
+			}
+			files = append(files, f)
+		}
+		if in != nil {
+			return in()
+		}
+		return nil
+	})
+	if err != nil {
+		for _, f := range files {
+			f.Close()
+		}
+		return nil, err
+	}
+	return files, nil
+}
+
+// In runs f on a thread that has joined the namespace ns of the given kind.
+// Goroutines started by f do not inherit the namespace. Only per-thread
+// namespaces work: net, ipc, uts.
+func In(kind Namespace, ns *os.File, f func() error) error {
+	return onThread(func() error {
+		if err := unix.Setns(int(ns.Fd()), kind.CloneFlag()); err != nil {
+			return fmt.Errorf("join %s namespace: %w", kind, err)
+		}
+		return f()
+	})
+}
+
+// onThread runs f on an OS thread that is thrown away afterwards: it is never
+// unlocked, so the Go runtime ends it with its goroutine and a changed
+// namespace cannot leak into other goroutines.
+func onThread(f func() error) error {
+	done := make(chan error, 1)
+	go func() {
+		runtime.LockOSThread()
+		err := errors.New("panic on a namespace thread")
+		defer func() { done <- err }()
+		err = f()
+	}()
+	return <-done
+}

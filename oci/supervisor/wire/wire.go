@@ -1,0 +1,201 @@
+// Package wire is the protocol between the daemon and the supervisor: frames of
+// a JSON header over a unix stream socket, with file descriptors attached
+// (SCM_RIGHTS). It is versioned: an old supervisor must serve a new daemon, so
+// fields are only ever added and unknown fields are ignored.
+//
+// Each request frame has an id and gets exactly one response frame with that
+// id; requests are served concurrently and answered in any order. Exit
+// notifications (Op "exit", no id) are pushed to every connection that said
+// Hello with Events set.
+package wire
+
+import (
+	"encoding/json"
+	"time"
+
+	specs "github.com/opencontainers/runtime-spec/specs-go"
+
+	"github.com/berth-runtime/berth/internal/id"
+	"github.com/berth-runtime/berth/oci"
+)
+
+// Version is the newest protocol version this code speaks.
+const Version = 1
+
+// Op names a request.
+type Op string
+
+// Requests of version 1.
+const (
+	OpHello      Op = "hello"       // Hello -> HelloReply
+	OpList       Op = "list"        // nil -> ListReply
+	OpCreate     Op = "create"      // Create -> nil
+	OpStart      Op = "start"       // Start -> StartReply
+	OpSignal     Op = "signal"      // Signal -> nil
+	OpDelete     Op = "delete"      // Target -> nil; kills what still runs; not found is success
+	OpUpdate     Op = "update"      // Update -> nil
+	OpPause      Op = "pause"       // Target -> nil
+	OpResume     Op = "resume"      // Target -> nil
+	OpReopenLog  Op = "reopen-log"  // ReopenLog -> nil
+	OpResize     Op = "resize"      // Resize -> nil
+	OpAttach     Op = "attach"      // Target + fds [stdout, stderr] (either may be /dev/null) -> nil
+	OpStdin      Op = "stdin"       // Target -> nil + fd: a duplicate of the container's stdin (pipe or pty master)
+	OpCloseStdin Op = "close-stdin" // Target -> nil
+	OpExec       Op = "exec"        // Exec + fds [stdin, stdout, stderr] (none with a terminal) -> ExecReply (+ fd: pty master)
+	OpPutFD      Op = "put-fd"      // FD + fd -> nil: keep a descriptor across restarts of the daemon
+	OpGetFD      Op = "get-fd"      // FD -> nil + fd
+	OpDropFD     Op = "drop-fd"     // FD -> nil; not found is success
+	OpListFD     Op = "list-fd"     // nil -> ListFDReply
+	OpExit       Op = "exit"        // notification: Exit
+)
+
+// Frame is the header of every message. FDs says how many descriptors of the
+// SCM_RIGHTS stream belong to this frame.
+type Frame struct {
+	ID   uint64          `json:"id,omitempty"`
+	Op   Op              `json:"op,omitempty"` // requests and notifications
+	FDs  int             `json:"fds,omitempty"`
+	Err  *Error          `json:"err,omitempty"` // responses
+	Body json.RawMessage `json:"body,omitempty"`
+}
+
+// Error is an error with its errdefs kind, in words that survive versions.
+type Error struct {
+	Kind string `json:"kind"` // "not-found", "invalid", "exists", "precondition", "unavailable", "unimplemented", "exhausted", "internal"
+	Text string `json:"text"`
+}
+
+// Hello opens a connection.
+type Hello struct {
+	Version int  `json:"version"`
+	Events  bool `json:"events,omitempty"`
+}
+
+// HelloReply tells who serves.
+type HelloReply struct {
+	Version int    `json:"version"`
+	Pid     int    `json:"pid"`
+	Build   string `json:"build"`
+}
+
+// Target names a container.
+type Target struct {
+	ID id.Container `json:"id"`
+}
+
+// Create makes a container. Namespaces and Mounts map a namespace type and a
+// mount-source name to keys of descriptors kept with OpPutFD.
+type Create struct {
+	ID         id.Container                        `json:"id"`
+	Handler    string                              `json:"handler"`
+	Spec       *specs.Spec                         `json:"spec"`
+	Rootfs     oci.Rootfs                          `json:"rootfs"`
+	Namespaces map[specs.LinuxNamespaceType]string `json:"namespaces,omitempty"`
+	JoinPID    id.Container                        `json:"joinPID,omitempty"` // join the PID namespace of this running container
+	Mounts     map[string]string                   `json:"mounts,omitempty"`
+	PodInit    bool                                `json:"podInit,omitempty"`
+	Stdin      bool                                `json:"stdin,omitempty"`
+	StdinOnce  bool                                `json:"stdinOnce,omitempty"`
+}
+
+// Start runs a created container. LogPath "" discards output; otherwise the
+// file is opened O_APPEND (made if missing, with parents) before the program runs.
+type Start struct {
+	ID      id.Container `json:"id"`
+	LogPath string       `json:"logPath,omitempty"`
+}
+
+// StartReply is the answer to Start.
+type StartReply struct {
+	Pid       int       `json:"pid"`
+	StartedAt time.Time `json:"startedAt"`
+}
+
+// Signal sends a signal to the container's first process, to one exec when Exec
+// is set, or with All (SIGKILL only) to every process of the cgroup.
+type Signal struct {
+	ID     id.Container `json:"id"`
+	Exec   id.Exec      `json:"exec,omitempty"`
+	Signal int          `json:"signal"`
+	All    bool         `json:"all,omitempty"`
+}
+
+// Update changes limits; zero fields keep their value.
+type Update struct {
+	ID        id.Container          `json:"id"`
+	Resources *specs.LinuxResources `json:"resources"`
+}
+
+// ReopenLog closes and opens the log file at Path without losing a line.
+type ReopenLog struct {
+	ID   id.Container `json:"id"`
+	Path string       `json:"path"`
+}
+
+// Resize sets the terminal size in character cells.
+type Resize struct {
+	ID     id.Container `json:"id"`
+	Exec   id.Exec      `json:"exec,omitempty"`
+	Width  uint16       `json:"width"`
+	Height uint16       `json:"height"`
+}
+
+// Exec runs a further process. Its exit arrives as a notification with Exec set
+// on the connection that asked.
+type Exec struct {
+	ID      id.Container   `json:"id"`
+	Exec    id.Exec        `json:"exec"`
+	Process *specs.Process `json:"process"`
+}
+
+// ExecReply is the answer to Exec.
+type ExecReply struct {
+	Pid int `json:"pid"`
+}
+
+// FD names a kept descriptor.
+type FD struct {
+	Key string `json:"key"`
+}
+
+// ListFDReply lists the keys of the kept descriptors.
+type ListFDReply struct {
+	Keys []string `json:"keys"`
+}
+
+// Exit is the record of a process's end. Code is the exit code, or 128 plus the
+// signal number. OOMKilled means that the first process died of SIGKILL while
+// its cgroup counted an OOM kill. The container's log is complete when this is sent.
+type Exit struct {
+	ID         id.Container `json:"id"`
+	Exec       id.Exec      `json:"exec,omitempty"`
+	Pid        int          `json:"pid"`
+	Code       int          `json:"code"`
+	Signal     int          `json:"signal,omitempty"`
+	OOMKilled  bool         `json:"oomKilled,omitempty"`
+	FinishedAt time.Time    `json:"finishedAt"`
+}
+
+// State is where a container is in its life, as the supervisor knows it.
+type State string
+
+// States.
+const (
+	Created State = "created"
+	Running State = "running"
+	Exited  State = "exited"
+)
+
+// Info describes one container.
+type Info struct {
+	ID        id.Container `json:"id"`
+	State     State        `json:"state"`
+	Pid       int          `json:"pid,omitempty"`
+	StartedAt time.Time    `json:"startedAt,omitzero"`
+	Exit      *Exit        `json:"exit,omitempty"`
+}
+
+// ListReply lists all containers that were created and not deleted.
+type ListReply struct {
+	Containers []Info `json:"containers"`
+}
