@@ -32,6 +32,11 @@ type Runtime interface {
 	Update(ctx context.Context, r wire.Update) error
 	ReopenLog(ctx context.Context, r wire.ReopenLog) error
 	List(ctx context.Context) ([]wire.Info, error)
+	// Exits delivers the exit records of containers, each at least once.
+	Exits() <-chan wire.Exit
+	// Resync fires after the connection to the supervisor was lost and made
+	// again (perhaps to a new supervisor): the reader compares List with its records.
+	Resync() <-chan struct{}
 }
 
 // RuntimeStreams is the part of the supervisor that concerns stdio.
@@ -48,8 +53,8 @@ type RuntimeStreams interface {
 
 // RuntimeFDs keeps descriptors in the supervisor, so that namespaces survive the daemon.
 type RuntimeFDs interface {
-	PutFD(ctx context.Context, key string, f *os.File) error
-	GetFD(ctx context.Context, key string) (*os.File, error)
-	DropFD(ctx context.Context, key string) error
-	ListFD(ctx context.Context) ([]string, error)
+	PutFDs(ctx context.Context, keys []string, files []*os.File) error
+	GetFDs(ctx context.Context, keys []string) ([]*os.File, error) // all, or errdefs.ErrNotFound
+	DropFDs(ctx context.Context, keys []string) error
+	ListFDs(ctx context.Context) ([]string, error)
 }

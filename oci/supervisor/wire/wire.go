@@ -42,9 +42,9 @@ const (
 	OpStdin      Op = "stdin"       // Target -> nil + fd: a duplicate of the container's stdin (pipe or pty master)
 	OpCloseStdin Op = "close-stdin" // Target -> nil
 	OpExec       Op = "exec"        // Exec + fds [stdin, stdout, stderr] (none with a terminal) -> ExecReply (+ fd: pty master)
-	OpPutFD      Op = "put-fd"      // FD + fd -> nil: keep a descriptor across restarts of the daemon
-	OpGetFD      Op = "get-fd"      // FD -> nil + fd
-	OpDropFD     Op = "drop-fd"     // FD -> nil; not found is success
+	OpPutFD      Op = "put-fd"      // Keys + one fd each -> nil: keep descriptors across restarts of the daemon
+	OpGetFD      Op = "get-fd"      // Keys -> nil + one fd each; all or not found
+	OpDropFD     Op = "drop-fd"     // Keys -> nil; not found is success
 	OpListFD     Op = "list-fd"     // nil -> ListFDReply
 	OpExit       Op = "exit"        // notification: Exit
 )
@@ -153,9 +153,9 @@ type ExecReply struct {
 	Pid int `json:"pid"`
 }
 
-// FD names a kept descriptor.
-type FD struct {
-	Key string `json:"key"`
+// Keys names kept descriptors.
+type Keys struct {
+	Keys []string `json:"keys"`
 }
 
 // ListFDReply lists the keys of the kept descriptors.
