@@ -93,6 +93,7 @@ func (d *Daemon) Start(ctx context.Context) error {
 	defer log.Close()
 	d.cmd = exec.Command(filepath.Join(d.bin, "berthd"), d.args...)
 	d.cmd.Stdout, d.cmd.Stderr = log, log
+	d.cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true} // a terminal's interrupt is for the test, not for the daemon
 	if err := d.cmd.Start(); err != nil {
 		return err
 	}
