@@ -91,6 +91,9 @@ func (s *Server) Serve(l net.Listener) error {
 	return errors.Join(err, s.streams.Close(), <-errs)
 }
 
+// Close frees what New opened, of a server that was never served.
+func (s *Server) Close() error { return s.streams.Close() }
+
 // Stop takes no more requests and waits for the running ones until ctx ends;
 // then it cuts them. Work that an engine operation does goes on detached.
 func (s *Server) Stop(ctx context.Context) {

@@ -85,7 +85,12 @@ func (s *Server) Serve() error {
 // Close ends the listener and tells running sessions to end.
 func (s *Server) Close() error {
 	s.cancel()
-	return s.http.Close()
+	err := s.http.Close()
+	// Only once Serve ran is the listener the HTTP server's.
+	if e := s.listener.Close(); e != nil && !errors.Is(e, net.ErrClosed) {
+		err = errors.Join(err, e)
+	}
+	return err
 }
 
 // Exec makes the URL for a command. The request was validated by the caller.

@@ -1,0 +1,171 @@
+// Package config holds the daemon's configuration: built-in defaults, then the
+// TOML file, then flags. Every value knows where it came from. An unknown key is
+// an error, because a mistyped one would otherwise be a silent default.
+package config
+
+import (
+	"fmt"
+	"net"
+	"net/netip"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/containerd/errdefs"
+)
+
+// DefaultFile is where the daemon looks for its file when no flag names one;
+// there it may be absent.
+const DefaultFile = "/etc/berth/config.toml"
+
+// DefaultSocket is where clients find the daemon.
+const DefaultSocket = "/run/berth/berth.sock"
+
+// Config is everything that an operator can set. The toml tags are the keys of
+// the file; a key at the top level is a flag of the same name too, with dashes.
+type Config struct {
+	// Root keeps what must survive a reboot: images and writable layers.
+	Root string `toml:"root"`
+	// State keeps what dies with the boot: records, sockets.
+	State string `toml:"state"`
+	// Socket is the unix socket that CRI is served on.
+	Socket string `toml:"socket"`
+	// CNIConfDir and CNIBinDir hold CNI configurations and plugins. Without a
+	// configuration pods are on the built-in network.
+	CNIConfDir string `toml:"cni_conf_dir"`
+	CNIBinDir  string `toml:"cni_bin_dir"`
+	// RegistryConfigDir holds <host>/hosts.toml files.
+	RegistryConfigDir string `toml:"registry_config_dir"`
+	// LogLevel is error, warn, info, debug or trace.
+	LogLevel string `toml:"log_level"`
+	// MetricsAddress is the TCP address of the Prometheus endpoint; "" is none.
+	MetricsAddress string `toml:"metrics_address"`
+
+	Network   Network   `toml:"network"`
+	Runtime   Runtime   `toml:"runtime"`
+	Images    Images    `toml:"images"`
+	Streaming Streaming `toml:"streaming"`
+}
+
+// Network configures the built-in network.
+type Network struct {
+	// Subnets are the ranges that pods get addresses from: at most one of each
+	// family. The node's pod CIDR, once the kubelet tells it, takes their place.
+	Subnets []string `toml:"subnets"`
+	// Pool is how many wired network namespaces are kept ready for the next pods.
+	Pool int `toml:"pool"`
+}
+
+// Runtime configures how containers are run.
+type Runtime struct {
+	// Supervisor is the berth-supervisor binary; "" looks beside the daemon's
+	// own binary and then in PATH.
+	Supervisor string `toml:"supervisor"`
+}
+
+// Images configures the image service.
+type Images struct {
+	// Platform chooses from multi-platform images, "os/arch[/variant]"; "" is
+	// the node's own.
+	Platform string `toml:"platform"`
+}
+
+// Streaming configures exec, attach and port-forward connections.
+type Streaming struct {
+	// Address is the TCP address to serve on; port 0 takes a free one.
+	Address string `toml:"address"`
+	// IdleTimeout closes a connection without traffic ("4h").
+	IdleTimeout Duration `toml:"idle_timeout"`
+}
+
+// Duration is a time.Duration written as text.
+type Duration struct{ time.Duration }
+
+// UnmarshalText reads Go's form of a duration.
+func (d *Duration) UnmarshalText(b []byte) error {
+	v, err := time.ParseDuration(string(b))
+	d.Duration = v
+	return err
+}
+
+// MarshalText writes Go's form of a duration.
+func (d Duration) MarshalText() ([]byte, error) { return []byte(d.String()), nil }
+
+// Default is the configuration of a node where nothing is set.
+func Default() *Config {
+	return &Config{
+		Root:              "/var/lib/berth",
+		State:             "/run/berth",
+		Socket:            DefaultSocket,
+		CNIConfDir:        "/etc/cni/net.d",
+		CNIBinDir:         "/opt/cni/bin",
+		RegistryConfigDir: "/etc/berth/certs.d",
+		LogLevel:          "info",
+		Network:           Network{Subnets: []string{"10.88.0.0/16", "fd00:88::/64"}, Pool: 4},
+		Streaming:         Streaming{Address: "127.0.0.1:0", IdleTimeout: Duration{4 * time.Hour}},
+	}
+}
+
+// LogLevels are the values of log_level, the quietest first.
+var LogLevels = []string{"error", "warn", "info", "debug", "trace"}
+
+// Validate checks every value; the error names the key and the remedy.
+func (c *Config) Validate() error {
+	for _, p := range []struct{ key, path string }{
+		{"root", c.Root}, {"state", c.State}, {"socket", c.Socket},
+		{"cni_conf_dir", c.CNIConfDir}, {"cni_bin_dir", c.CNIBinDir}, {"registry_config_dir", c.RegistryConfigDir},
+	} {
+		if !filepath.IsAbs(p.path) {
+			return wrong(p.key, "%q is not an absolute path", p.path)
+		}
+	}
+	// sun_path has 108 bytes, with a NUL at the end.
+	if len(c.Socket) > 107 {
+		return wrong("socket", "%d bytes; the kernel takes at most 107, choose a shorter path", len(c.Socket))
+	}
+	if c.Runtime.Supervisor != "" && !filepath.IsAbs(c.Runtime.Supervisor) {
+		return wrong("runtime.supervisor", "%q is not an absolute path", c.Runtime.Supervisor)
+	}
+	if !slices.Contains(LogLevels, c.LogLevel) {
+		return wrong("log_level", "%q; use one of %s", c.LogLevel, strings.Join(LogLevels, ", "))
+	}
+	for _, a := range []struct{ key, address string }{{"metrics_address", c.MetricsAddress}, {"streaming.address", c.Streaming.Address}} {
+		if a.address == "" && a.key == "metrics_address" {
+			continue
+		}
+		if _, _, err := net.SplitHostPort(a.address); err != nil {
+			return wrong(a.key, "%q is not host:port, for example 127.0.0.1:9100", a.address)
+		}
+	}
+	if c.Streaming.IdleTimeout.Duration < 0 {
+		return wrong("streaming.idle_timeout", "%s is negative", c.Streaming.IdleTimeout)
+	}
+	return c.Network.validate()
+}
+
+func (n *Network) validate() error {
+	var v4, v6 int
+	for _, s := range n.Subnets {
+		p, err := netip.ParsePrefix(s)
+		if err != nil {
+			return wrong("network.subnets", "%q is not a CIDR, for example 10.88.0.0/16", s)
+		}
+		if p.Addr().Is4() {
+			v4++
+		} else {
+			v6++
+		}
+	}
+	if v4 > 1 || v6 > 1 || v4+v6 == 0 {
+		return wrong("network.subnets", "%d IPv4 and %d IPv6 ranges; give one of one family or one of each", v4, v6)
+	}
+	if n.Pool < 0 || n.Pool > 256 {
+		return wrong("network.pool", "%d; use 0 to 256", n.Pool)
+	}
+	return nil
+}
+
+func wrong(key, format string, args ...any) error {
+	return fmt.Errorf("%s: %s: %w", key, fmt.Sprintf(format, args...), errdefs.ErrInvalidArgument)
+}
