@@ -1,0 +1,561 @@
+// Package builtin is the default pod network, in-process: no plugin, no bridge
+// and no configuration needed.
+//
+// Each pod has a veth link of its own, and the node routes: /32 and /128 routes
+// lead to the pods, the pod's default route leads to a gateway address that is
+// the same on every link. A bridge was rejected: it takes at most 1,024 ports
+// (1,023 pods per node), floods broadcasts to all of them and learns addresses
+// from whatever pods send. With permanent neighbour entries on both ends there
+// is no ARP, no neighbour discovery and no limit by the kernel's neighbour
+// table, and nothing to wait for: a pod's first packet leaves at once.
+//
+// Published ports are elements of maps in one nftables table, masquerading is
+// one rule for all pods. Without nftables no pod is attached: the table also
+// holds the rules that keep pods away from the node's loopback.
+//
+// A few network namespaces are kept ready, wired and addressed, because making
+// one costs a millisecond and much more while the kernel tears others down.
+// Links are never deleted on the path of a request: the kernel deletes a pod's
+// link with its namespace.
+//
+// Lock order: Network.mu is a leaf and not held across system calls;
+// firewall.mu is a leaf.
+package builtin
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"golang.org/x/sys/unix"
+	"k8s.io/klog/v2"
+
+	"github.com/berth-runtime/berth/cni"
+	"github.com/berth-runtime/berth/internal/durable"
+	"github.com/berth-runtime/berth/internal/id"
+	"github.com/berth-runtime/berth/internal/undo"
+)
+
+// Name is the Attachment.Network of pods attached here.
+const Name = "builtin"
+
+// Config of the network. Only StateDir is required.
+type Config struct {
+	StateDir string // records; on a tmpfs in production
+
+	// Subnets to give pods addresses of: one IPv4, one IPv6 prefix, or both,
+	// primary first. SetPodCIDR overrides them. Default DefaultSubnets.
+	Subnets []netip.Prefix
+	// Unmasked lists destinations outside the node that see the pod's own address,
+	// such as the cluster's pod network when other nodes have routes to it.
+	Unmasked []netip.Prefix
+	// MTU of pod links in bytes. Default: that of the device with the default route.
+	MTU int
+	// PoolSize is how many wired namespaces are kept ready. Default 8; negative: none.
+	PoolSize int
+	// NetNS is the network namespace to use as the host's. Default: the process's.
+	NetNS *os.File
+}
+
+// DefaultSubnets are used unless configured otherwise.
+var DefaultSubnets = []netip.Prefix{netip.MustParsePrefix("10.164.0.0/16"), netip.MustParsePrefix("fd62:6572:7468::/64")}
+
+// linkPrefix starts the name of the host end of every pod link.
+const linkPrefix = "berth"
+
+const (
+	wireThreads   = 4                // namespaces wired at once
+	checkInterval = 15 * time.Second // how soon a vanished table is noticed
+	attempts      = 64               // addresses tried when the kernel says they are in use
+)
+
+// Network implements cni.Network.
+type Network struct {
+	cfg      Config
+	ipv6     bool
+	threads  *threads
+	fw       *firewall
+	store    *store
+	notReady atomic.Pointer[error]
+
+	mu      sync.Mutex
+	subnets []*subnet           // guarded by mu; replaced as a whole by SetPodCIDR
+	pods    map[id.Pod]*record  // guarded by mu; Attach under way included
+	links   map[string]struct{} // guarded by mu; names of links in use, pool included
+	ports   claims              // guarded by mu
+	pool    []*ready            // guarded by mu; newest last
+	closed  bool                // guarded by mu
+	calls   sync.WaitGroup      // Attach, Detach, GC under way
+	wake    chan struct{}       // tells fill that the pool shrank
+	stop    context.CancelFunc
+	owned   sync.WaitGroup // fill, check and the sweep of links
+}
+
+var _ cni.Network = (*Network)(nil)
+
+// ready is a wired namespace without a pod.
+type ready struct {
+	ns      *os.File
+	link    string
+	ips     []netip.Addr
+	subnets []*subnet // those the addresses came from
+}
+
+// Open prepares the node, restores what pods of this boot hold, and starts to
+// fill the pool. A node that lacks what the network needs is not an error of
+// Open: Ready says it.
+func Open(ctx context.Context, cfg Config) (*Network, error) {
+	if cfg.StateDir == "" {
+		return nil, fmt.Errorf("network state dir: is not set: %w", errdefs.ErrInvalidArgument)
+	}
+	if cfg.PoolSize == 0 {
+		cfg.PoolSize = 8
+	}
+	if len(cfg.Subnets) == 0 {
+		cfg.Subnets = DefaultSubnets
+	}
+	st, err := openStore(cfg.StateDir)
+	if err != nil {
+		return nil, fmt.Errorf("network state dir: %w", err)
+	}
+	th, err := newThreads(cfg.NetNS, wireThreads)
+	if err != nil {
+		return nil, err
+	}
+	n := &Network{
+		cfg: cfg, threads: th, store: st, fw: newFirewall(cfg.NetNS, linkPrefix, cfg.Unmasked),
+		pods: map[id.Pod]*record{}, links: map[string]struct{}{}, ports: claims{}, wake: make(chan struct{}, 1),
+	}
+	if err := n.restore(); err != nil {
+		th.close()
+		return nil, err
+	}
+	run, stop := context.WithCancel(context.WithoutCancel(ctx))
+	n.stop = stop
+	n.owned.Go(func() { n.fill(run) })
+	n.owned.Go(func() { n.check(run) })
+	return n, nil
+}
+
+// restore brings the network's memory, the node and the table in line with the records.
+func (n *Network) restore() error {
+	prefixes := n.cfg.Subnets
+	if b, err := os.ReadFile(n.store.podCIDRPath()); err == nil && len(b) > 0 {
+		if prefixes, err = parsePodCIDR(string(b)); err != nil {
+			return err
+		}
+	}
+	_ = n.threads.do(func(*thread) error {
+		n.ipv6 = hasIPv6()
+		if n.cfg.MTU == 0 {
+			n.cfg.MTU = uplinkMTU()
+		}
+		return nil
+	})
+	if _, err := newSubnets(prefixes); err != nil {
+		return err
+	}
+	subnets, err := newSubnets(n.usable(prefixes))
+	if err != nil {
+		return fmt.Errorf("subnets %v: this kernel has IPv6 switched off: %w", prefixes, errdefs.ErrFailedPrecondition)
+	}
+	records, err := n.store.load()
+	if err != nil {
+		return fmt.Errorf("network records: %w", err)
+	}
+	n.subnets = subnets
+	for _, r := range records {
+		n.pods[r.Pod] = r
+		n.links[r.Link] = struct{}{}
+		for _, s := range subnets {
+			for _, ip := range r.IPs {
+				s.claim(ip)
+			}
+		}
+		if r.Ports, err = n.ports.add(r.Pod, r.Ports); err != nil {
+			klog.ErrorS(err, "Network record claims a port that another one has", "pod", r.Pod)
+		}
+	}
+	n.assert()
+	return nil
+}
+
+// usable leaves out IPv6 when the kernel has none.
+func (n *Network) usable(prefixes []netip.Prefix) []netip.Prefix {
+	return slices.DeleteFunc(slices.Clone(prefixes), func(p netip.Prefix) bool { return p.Addr().Is6() && !n.ipv6 })
+}
+
+// assert makes the node and the table as they must be, and publishes the outcome.
+func (n *Network) assert() {
+	n.mu.Lock()
+	subnets := n.subnets
+	var ms []mapping
+	for _, r := range n.pods {
+		ms = append(ms, r.Ports...)
+	}
+	n.mu.Unlock()
+	err := n.threads.do(func(th *thread) error {
+		if err := enableForwarding(n.ipv6); err != nil {
+			return err
+		}
+		for _, s := range subnets {
+			if err := prepareSubnet(th, s); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	if err == nil {
+		if err = n.fw.replace(ms); err != nil {
+			err = fmt.Errorf("%w; load the kernel's nf_tables, nft_nat, nft_masq and nft_fib_inet, or put a CNI configuration into the conf dir", err)
+		}
+	}
+	if err != nil {
+		err = fmt.Errorf("built-in network: %w: %w", err, errdefs.ErrUnavailable)
+		n.notReady.Store(&err)
+		return
+	}
+	n.notReady.Store(nil)
+}
+
+// Ready implements cni.Network.
+func (n *Network) Ready() error {
+	if p := n.notReady.Load(); p != nil {
+		return *p
+	}
+	return nil
+}
+
+// enter registers a call; leave is n.calls.Done.
+func (n *Network) enter() error {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if n.closed {
+		return fmt.Errorf("built-in network: is closed: %w", errdefs.ErrUnavailable)
+	}
+	n.calls.Add(1)
+	return nil
+}
+
+// Attach implements cni.Network. The namespace comes from the pool if it holds
+// one. It fails with ErrAlreadyExists when a host port is taken, naming the pod
+// that has it, and when the pod is attached already.
+func (n *Network) Attach(ctx context.Context, p cni.Pod) (cni.Attachment, *os.File, error) {
+	var none cni.Attachment
+	if err := id.Valid(string(p.ID)); err != nil {
+		return none, nil, err
+	}
+	if err := ctx.Err(); err != nil {
+		return none, nil, err
+	}
+	if err := n.enter(); err != nil {
+		return none, nil, err
+	}
+	defer n.calls.Done()
+	if err := n.Ready(); err != nil {
+		return none, nil, err
+	}
+	r := &record{Version: recordVersion, Pod: p.ID, Name: p.Namespace + "/" + p.Name}
+	if err := n.begin(r); err != nil {
+		return none, nil, err
+	}
+	var u undo.Stack
+	u.Push(func() error { n.forget(r); return nil })
+	w, err := n.namespace()
+	if err == nil {
+		u.Push(w.ns.Close)
+		err = n.bind(r, w, p, &u)
+	}
+	if err != nil {
+		return none, nil, errors.Join(fmt.Errorf("attach pod %s/%s: %w", p.Namespace, p.Name, err), u.Run())
+	}
+	n.mu.Lock()
+	r.attaching = false
+	n.mu.Unlock()
+	return cni.Attachment{Network: Name, IPs: r.IPs}, w.ns, nil
+}
+
+// begin enters r into the memory, so that the pod counts as live from here on.
+func (n *Network) begin(r *record) error {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if _, ok := n.pods[r.Pod]; ok {
+		return fmt.Errorf("pod sandbox %s: is already attached; detach it first: %w", id.Short(r.Pod), errdefs.ErrAlreadyExists)
+	}
+	r.attaching = true
+	n.pods[r.Pod] = r
+	return nil
+}
+
+// bind gives the wired namespace w to the pod of r: ports, record, table.
+func (n *Network) bind(r *record, w *ready, p cni.Pod, u *undo.Stack) error {
+	ports, err := expand(p.PortMappings, w.ips)
+	n.mu.Lock()
+	r.Link, r.IPs = w.link, w.ips
+	if err == nil && len(ports) > 0 {
+		r.Ports, err = n.ports.add(r.Pod, ports)
+	}
+	n.mu.Unlock()
+	if err != nil {
+		return err
+	}
+	if err := n.store.write(r); err != nil {
+		return err
+	}
+	u.Push(func() error { return n.store.remove(r.Pod) })
+	if len(r.Ports) == 0 {
+		return nil
+	}
+	err = n.fw.add(r.Ports)
+	if errors.Is(err, unix.ENOENT) { // somebody flushed the ruleset
+		n.assert()
+		err = n.Ready()
+	}
+	if err != nil {
+		return fmt.Errorf("publish ports: %w", err)
+	}
+	u.Push(func() error { return n.fw.del(r.Ports) })
+	return n.forgetUDP(r.Ports)
+}
+
+// forgetUDP drops stale conntrack entries of the UDP ports among ms.
+func (n *Network) forgetUDP(ms []mapping) error {
+	if !slices.ContainsFunc(ms, func(m mapping) bool { return m.Proto == unix.IPPROTO_UDP }) {
+		return nil
+	}
+	return n.threads.do(func(th *thread) error { return forgetUDP(th, ms) })
+}
+
+// forget drops everything the memory holds for r.
+func (n *Network) forget(r *record) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.ports.remove(r.Pod, r.Ports)
+	n.freeLocked(r.Link, r.IPs)
+	delete(n.pods, r.Pod)
+}
+
+func (n *Network) freeLocked(link string, ips []netip.Addr) {
+	delete(n.links, link)
+	for _, s := range n.subnets {
+		for _, ip := range ips {
+			s.release(ip)
+		}
+	}
+}
+
+// Detach implements cni.Network. It withdraws the pod's ports and frees its
+// addresses; the link goes with the namespace, when its last holder lets go.
+// netns stays open: it is the caller's.
+func (n *Network) Detach(_ context.Context, p cni.Pod, _ cni.Attachment, _ *os.File) error {
+	if err := n.enter(); err != nil {
+		return err
+	}
+	defer n.calls.Done()
+	return n.detach(p.ID)
+}
+
+func (n *Network) detach(pod id.Pod) error {
+	n.mu.Lock()
+	r, ok := n.pods[pod]
+	n.mu.Unlock()
+	if !ok {
+		return nil
+	}
+	if len(r.Ports) > 0 {
+		if err := n.fw.del(r.Ports); err != nil {
+			return fmt.Errorf("detach pod %s: %w", id.Short(pod), err)
+		}
+		if err := n.forgetUDP(r.Ports); err != nil {
+			return fmt.Errorf("detach pod %s: %w", id.Short(pod), err)
+		}
+	}
+	if err := n.store.remove(pod); err != nil {
+		return err
+	}
+	n.forget(r)
+	return nil
+}
+
+// SetPodCIDR makes pods attached from now on take their addresses from cidr:
+// one prefix or an IPv4 and an IPv6 one separated by a comma, primary first.
+// Pods that run keep theirs. An empty cidr changes nothing. The setting
+// survives restarts of the daemon.
+func (n *Network) SetPodCIDR(cidr string) error {
+	if cidr == "" {
+		return nil
+	}
+	prefixes, err := parsePodCIDR(cidr)
+	if err != nil {
+		return err
+	}
+	if _, err := newSubnets(prefixes); err != nil {
+		return err
+	}
+	subnets, err := newSubnets(n.usable(prefixes))
+	if err != nil {
+		return fmt.Errorf("pod_cidr %q: this node has IPv6 switched off: %w", cidr, errdefs.ErrFailedPrecondition)
+	}
+	if err := n.enter(); err != nil {
+		return err
+	}
+	defer n.calls.Done()
+	n.mu.Lock()
+	same := slices.EqualFunc(n.subnets, subnets, func(a, b *subnet) bool { return a.prefix == b.prefix })
+	n.mu.Unlock()
+	if same {
+		return nil
+	}
+	err = n.threads.do(func(th *thread) error {
+		for _, s := range subnets {
+			if err := prepareSubnet(th, s); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	if err == nil {
+		err = durable.WriteFile(n.store.podCIDRPath(), []byte(cidr), 0o600, false)
+	}
+	if err != nil {
+		return fmt.Errorf("pod_cidr %q: %w", cidr, err)
+	}
+	n.mu.Lock()
+	for _, r := range n.pods {
+		for _, s := range subnets {
+			for _, ip := range r.IPs {
+				s.claim(ip)
+			}
+		}
+	}
+	old := n.pool
+	n.subnets, n.pool = subnets, nil
+	n.mu.Unlock()
+	n.discard(old)
+	n.poke()
+	return nil
+}
+
+// GC implements cni.Network. live must include pods whose Attach is under way
+// elsewhere; those under way here are safe. Links nobody owns any more are
+// deleted in the background.
+func (n *Network) GC(_ context.Context, live []id.Pod) error {
+	if err := n.enter(); err != nil {
+		return err
+	}
+	defer n.calls.Done()
+	keep := make(map[id.Pod]struct{}, len(live))
+	for _, p := range live {
+		keep[p] = struct{}{}
+	}
+	var dead []id.Pod
+	n.mu.Lock()
+	for p, r := range n.pods {
+		if _, ok := keep[p]; !ok && !r.attaching {
+			dead = append(dead, p)
+		}
+	}
+	n.mu.Unlock()
+	var errs []error
+	for _, p := range dead {
+		errs = append(errs, n.detach(p))
+	}
+	n.owned.Go(n.sweep)
+	return errors.Join(errs...)
+}
+
+// sweep deletes pod links that belong to nobody: those of pods whose daemon
+// died inside Attach, or whose namespace something still holds after Detach.
+func (n *Network) sweep() {
+	err := n.threads.do(func(*thread) error {
+		links, err := podLinks(linkPrefix)
+		if err != nil {
+			return err
+		}
+		for name, l := range links {
+			if !n.reserve(name) {
+				continue
+			}
+			err := deleteLink(l)
+			n.mu.Lock()
+			delete(n.links, name)
+			n.mu.Unlock()
+			if err != nil {
+				return fmt.Errorf("delete link %s: %w", name, err)
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		klog.ErrorS(err, "Network: leaked pod links remain until the next collection")
+	}
+}
+
+// reserve makes the link called name ours unless it has an owner, so that no new
+// pod gets the name while the old link is being deleted.
+func (n *Network) reserve(name string) bool {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if _, owned := n.links[name]; owned {
+		return false
+	}
+	n.links[name] = struct{}{}
+	return true
+}
+
+// check puts the table back when another program removed it.
+func (n *Network) check(ctx context.Context) {
+	t := time.NewTicker(checkInterval)
+	defer t.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-t.C:
+			if n.Ready() != nil || !n.fw.intact() {
+				klog.InfoS("Network: restoring the nftables table", "table", "inet "+TableName)
+				n.assert()
+			}
+		}
+	}
+}
+
+// Close stops the background work and drops the pool. Attached pods keep their
+// network. Without any, the table and the node's addresses are removed too.
+func (n *Network) Close() error {
+	n.mu.Lock()
+	if n.closed {
+		n.mu.Unlock()
+		return nil
+	}
+	n.closed = true
+	n.mu.Unlock()
+	n.calls.Wait()
+	n.stop()
+	n.owned.Wait()
+	n.mu.Lock()
+	pool, idle := n.pool, len(n.pods) == 0
+	n.pool = nil
+	n.mu.Unlock()
+	n.discard(pool)
+	var err error
+	if idle && n.Ready() == nil {
+		err = errors.Join(n.fw.remove(), n.threads.do(func(th *thread) error {
+			var errs []error
+			for _, s := range n.subnets {
+				errs = append(errs, forgetSubnet(th, s))
+			}
+			return errors.Join(errs...)
+		}))
+	}
+	n.fw.close()
+	n.threads.close()
+	return err
+}

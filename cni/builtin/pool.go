@@ -1,0 +1,188 @@
+package builtin
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+	"slices"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+	"k8s.io/klog/v2"
+)
+
+// fillDelay is how long the pool waits after it was drawn from before it makes
+// the next namespace, so that the making does not compete with the rest of the
+// pod's start. It is short enough to keep up with pods started one by one.
+const fillDelay = 2 * time.Millisecond
+
+// namespace returns a wired namespace, from the pool or made now.
+func (n *Network) namespace() (*ready, error) {
+	n.mu.Lock()
+	var w *ready
+	if len(n.pool) > 0 {
+		w = n.pool[0] // the oldest: addresses then go out in order
+		n.pool = slices.Delete(n.pool, 0, 1)
+	}
+	n.mu.Unlock()
+	if w != nil {
+		n.poke()
+		return w, nil
+	}
+	return n.wire()
+}
+
+// wire makes a namespace with fresh addresses. An address that the kernel says
+// is still on a link (of a dying namespace, or of a pod whose record was lost)
+// is passed over.
+func (n *Network) wire() (*ready, error) {
+	for range attempts {
+		w, index, err := n.address()
+		if err != nil {
+			return nil, err
+		}
+		cfg := wiring{link: w.link, index: index, ips: w.ips, src: sources(w.subnets), mtu: n.cfg.MTU, ipv6: n.ipv6}
+		err = n.threads.do(func(th *thread) (err error) {
+			w.ns, err = th.pod(cfg)
+			return err
+		})
+		if err == nil {
+			return w, nil
+		}
+		n.free(w)
+		if !errors.Is(err, unix.EEXIST) && !errors.Is(err, unix.EBUSY) {
+			return nil, err
+		}
+	}
+	return nil, fmt.Errorf("pod address: %d addresses in a row are held by links that are not known here; remove stale %s* links", attempts, linkPrefix)
+}
+
+// address takes one address of each subnet and the link name that goes with them.
+func (n *Network) address() (*ready, int, error) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	for range attempts {
+		w := &ready{subnets: n.subnets}
+		for _, s := range n.subnets {
+			ip, err := s.take()
+			if err != nil {
+				n.freeLocked("", w.ips)
+				return nil, 0, err
+			}
+			w.ips = append(w.ips, ip)
+		}
+		// The IPv4 address names the link if there is one: it is the scarcer.
+		byName := w.ips[0]
+		if i := slices.IndexFunc(w.ips, netip.Addr.Is4); i >= 0 {
+			byName = w.ips[i]
+		}
+		var index int
+		w.link, index = linkID(linkPrefix, byName)
+		if _, taken := n.links[w.link]; taken {
+			n.freeLocked("", w.ips)
+			continue
+		}
+		n.links[w.link] = struct{}{}
+		return w, index, nil
+	}
+	return nil, 0, fmt.Errorf("pod address: the links of %d addresses in a row are still being deleted: %w", attempts, errdefs.ErrUnavailable)
+}
+
+func (n *Network) free(w *ready) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.freeLocked(w.link, w.ips)
+}
+
+// discard closes namespaces that got no pod.
+func (n *Network) discard(pool []*ready) {
+	for _, w := range pool {
+		w.ns.Close()
+		n.free(w)
+	}
+}
+
+// poke wakes fill.
+func (n *Network) poke() {
+	select {
+	case n.wake <- struct{}{}:
+	default:
+	}
+}
+
+// fill keeps the pool full, one namespace at a time.
+func (n *Network) fill(ctx context.Context) {
+	retry := time.Second
+	for {
+		for n.wanting() {
+			if n.Ready() != nil {
+				break
+			}
+			w, err := n.wire()
+			if err != nil {
+				klog.ErrorS(err, "Network: cannot prepare a pod namespace", "retry", retry)
+				if !sleep(ctx, retry) {
+					return
+				}
+				retry = min(2*retry, time.Minute)
+				continue
+			}
+			retry = time.Second
+			n.keep(w)
+			if !sleep(ctx, fillDelay) {
+				return
+			}
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-n.wake:
+		}
+		if !sleep(ctx, fillDelay) {
+			return
+		}
+	}
+}
+
+func (n *Network) wanting() bool {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return len(n.pool) < n.cfg.PoolSize
+}
+
+// keep puts w into the pool, unless SetPodCIDR outdated it meanwhile.
+func (n *Network) keep(w *ready) {
+	n.mu.Lock()
+	current := len(w.subnets) > 0 && len(n.subnets) > 0 && w.subnets[0] == n.subnets[0]
+	if current {
+		n.pool = append(n.pool, w)
+	}
+	n.mu.Unlock()
+	if !current {
+		n.discard([]*ready{w})
+	}
+}
+
+func sleep(ctx context.Context, d time.Duration) bool {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-ctx.Done():
+		return false
+	case <-t.C:
+		return true
+	}
+}
+
+// deleteLink deletes l; that it is gone already is fine.
+func deleteLink(l netlink.Link) error {
+	err := netlink.LinkDel(l)
+	if errors.Is(err, unix.ENODEV) || errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	return err
+}

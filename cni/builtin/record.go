@@ -1,0 +1,130 @@
+package builtin
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"github.com/berth-runtime/berth/internal/durable"
+	"github.com/berth-runtime/berth/internal/id"
+	"k8s.io/klog/v2"
+)
+
+// record is what must be known of an attached pod after a restart of the
+// daemon. One file per pod, written before Attach returns and without sync: it
+// says nothing that outlives the boot.
+type record struct {
+	Version int          `json:"version"`
+	Pod     id.Pod       `json:"pod"`
+	Name    string       `json:"name"` // namespace/name, for people
+	Link    string       `json:"link"`
+	IPs     []netip.Addr `json:"ips"`
+	Ports   []mapping    `json:"ports,omitempty"`
+
+	attaching bool // guarded by Network.mu: Attach has not returned yet
+}
+
+const recordVersion = 1
+
+// store keeps the records below dir.
+type store struct{ dir string }
+
+// openStore opens the records of this boot and discards those of an earlier one.
+func openStore(dir string) (*store, error) {
+	s := &store{dir: dir}
+	boot, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	if err != nil {
+		return nil, fmt.Errorf("read boot id: %w", err)
+	}
+	mark := filepath.Join(dir, "boot_id")
+	if old, err := os.ReadFile(mark); err != nil || string(old) != string(boot) {
+		if err := os.RemoveAll(s.pods()); err != nil {
+			return nil, fmt.Errorf("discard records of an earlier boot: %w", err)
+		}
+	}
+	if err := os.MkdirAll(s.pods(), 0o700); err != nil {
+		return nil, err
+	}
+	return s, durable.WriteFile(mark, boot, 0o600, false)
+}
+
+func (s *store) pods() string         { return filepath.Join(s.dir, "pods") }
+func (s *store) path(p id.Pod) string { return filepath.Join(s.pods(), string(p)+".json") }
+func (s *store) podCIDRPath() string  { return filepath.Join(s.dir, "pod_cidr") }
+func (s *store) remove(p id.Pod) error {
+	if err := os.Remove(s.path(p)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("network record: %w", err)
+	}
+	return nil
+}
+
+func (s *store) write(r *record) error {
+	b, err := json.Marshal(r)
+	if err != nil {
+		return err
+	}
+	if err := durable.WriteFile(s.path(r.Pod), b, 0o600, false); err != nil {
+		return fmt.Errorf("network record: %w", err)
+	}
+	return nil
+}
+
+// load returns all records. A file that does not parse is moved aside: its
+// pod's link still guards its address.
+func (s *store) load() ([]*record, error) {
+	entries, err := os.ReadDir(s.pods())
+	if err != nil {
+		return nil, err
+	}
+	var out []*record
+	for _, e := range entries {
+		path := filepath.Join(s.pods(), e.Name())
+		name, isRecord := strings.CutSuffix(e.Name(), ".json")
+		if !isRecord || id.Valid(name) != nil {
+			if strings.HasPrefix(e.Name(), ".") { // left by a crash inside WriteFile
+				_ = os.Remove(path)
+			}
+			continue
+		}
+		b, err := os.ReadFile(path)
+		if err != nil {
+			return nil, err
+		}
+		r, err := parseRecord(b, id.Pod(name))
+		if err != nil {
+			klog.ErrorS(err, "Network record is unreadable and moved aside", "path", path)
+			if err := os.Rename(path, path+".bad"); err != nil {
+				return nil, err
+			}
+			continue
+		}
+		out = append(out, r)
+	}
+	return out, nil
+}
+
+func parseRecord(b []byte, pod id.Pod) (*record, error) {
+	var r record
+	if err := json.Unmarshal(b, &r); err != nil {
+		return nil, err
+	}
+	if r.Version != recordVersion || r.Pod != pod || r.Link == "" || len(r.IPs) == 0 || len(r.IPs) > 2 {
+		return nil, fmt.Errorf("network record of pod %s: version %d, link %q, addresses %v are not what version %d writes", id.Short(pod), r.Version, r.Link, r.IPs, recordVersion)
+	}
+	for _, ip := range r.IPs {
+		if !ip.IsValid() {
+			return nil, errors.New("network record: invalid address")
+		}
+	}
+	for _, m := range r.Ports {
+		if !m.Pod.IsValid() || m.HostIP.IsValid() && m.HostIP.Is4() != m.Pod.Is4() {
+			return nil, errors.New("network record: invalid port mapping")
+		}
+	}
+	return &r, nil
+}
