@@ -213,11 +213,11 @@ func (f *fake) PortForward(_ context.Context, _ string, port int32, s io.ReadWri
 	if port == 1 {
 		return errors.New("connection refused")
 	}
-	buf := make([]byte, 5)
-	if _, err := io.ReadFull(s, buf); err != nil {
+	b, err := io.ReadAll(s)
+	if err != nil {
 		return err
 	}
-	_, err := s.Write([]byte(strings.ToUpper(string(buf))))
+	_, err = s.Write([]byte(strings.ToUpper(string(b))))
 	return err
 }
 

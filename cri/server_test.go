@@ -20,14 +20,14 @@ import (
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 )
 
-type client struct {
+type testClient struct {
 	runtimeapi.RuntimeServiceClient
 	runtimeapi.ImageServiceClient
 	conn *grpc.ClientConn
 }
 
 // serve starts a server over e on a unix socket and returns a client of it.
-func serve(t testing.TB, e *fake) client {
+func serve(t testing.TB, e *fake) testClient {
 	t.Helper()
 	s, err := New(Config{}, e, e, e)
 	if err != nil {
@@ -54,7 +54,7 @@ func serve(t testing.TB, e *fake) client {
 			t.Errorf("Serve: %v", err)
 		}
 	})
-	return client{runtimeapi.NewRuntimeServiceClient(conn), runtimeapi.NewImageServiceClient(conn), conn}
+	return testClient{runtimeapi.NewRuntimeServiceClient(conn), runtimeapi.NewImageServiceClient(conn), conn}
 }
 
 func podConfig(name string) *runtimeapi.PodSandboxConfig {
@@ -71,7 +71,7 @@ func containerConfig(name string) *runtimeapi.ContainerConfig {
 	}
 }
 
-func mustRun(t testing.TB, c client) string {
+func mustRun(t testing.TB, c testClient) string {
 	t.Helper()
 	r, err := c.RunPodSandbox(t.Context(), &runtimeapi.RunPodSandboxRequest{Config: podConfig("web")})
 	if err != nil {
@@ -80,7 +80,7 @@ func mustRun(t testing.TB, c client) string {
 	return r.PodSandboxId
 }
 
-func mustStart(t testing.TB, c client, pod string) string {
+func mustStart(t testing.TB, c testClient, pod string) string {
 	t.Helper()
 	r, err := c.CreateContainer(t.Context(), &runtimeapi.CreateContainerRequest{PodSandboxId: pod, Config: containerConfig("c")})
 	if err != nil {
