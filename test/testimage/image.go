@@ -72,6 +72,7 @@ nobody:x:65534:
 var links = []string{
 	"serve", "get", "resolve", "listen", "sleep", "print", "exit", "true", "false", "both", "echo", "cat", "env", "id", "ls",
 	"stat", "write", "pwd", "hostname", "tty", "signal-ignore", "signal-report", "alloc", "fork", "orphan", "spin",
+	"count", "exit-after", "log-samples",
 }
 
 // BaseEntries is the root filesystem of Program: the program in /bin under the

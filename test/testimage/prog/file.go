@@ -83,7 +83,13 @@ func write(args []string) int {
 
 // tty: says for each of stdin, stdout and stderr whether it is a terminal, and
 // the terminal's size ("stdin=1 stdout=1 stderr=1 rows=24 cols=80").
-func tty([]string) int {
+func tty(args []string) int {
+	if len(args) > 0 && args[0] == "wait" {
+		var line [256]byte
+		if _, err := os.Stdin.Read(line[:]); err != nil {
+			return complain(err)
+		}
+	}
 	var size struct{ rows, cols, x, y uint16 }
 	for fd, name := range []string{"stdin", "stdout", "stderr"} {
 		is := 0
