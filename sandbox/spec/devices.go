@@ -11,6 +11,13 @@ import (
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 )
 
+// runtimeNodes are made by every OCI runtime by itself (runtime-spec, default
+// devices); a second node of the name would be in its way. ptmx must lead to the
+// container's own devpts, not to the host's.
+var runtimeNodes = []string{
+	"/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom", "/dev/tty", "/dev/console", "/dev/ptmx",
+}
+
 // devices sets the device nodes beyond the runtime's default ones, and the
 // device cgroup's rules: everything is denied, mknod included (invariant I16),
 // but the default nodes, pseudo terminals and what the request names.
@@ -34,7 +41,9 @@ func devices(in Input, s *specs.Spec) error {
 			return fmt.Errorf("devices of the node: %w", err)
 		}
 		for _, d := range all {
-			put(d.Path, d)
+			if !slices.Contains(runtimeNodes, d.Path) {
+				put(d.Path, d)
+			}
 		}
 	}
 	for i, want := range in.Container.Devices {

@@ -70,6 +70,9 @@ func Build(in Input) (*specs.Spec, error) {
 	if in.Pod == nil || in.Container == nil {
 		return nil, fmt.Errorf("spec: pod and container config are needed: %w", errdefs.ErrInvalidArgument)
 	}
+	if in.Container.Security.Privileged && !in.Pod.Privileged {
+		return nil, fmt.Errorf("security_context.privileged: the container asks for it and its pod sandbox does not have it; set it on both: %w", errdefs.ErrInvalidArgument)
+	}
 	in.Node = in.Node.orReal()
 	s := &specs.Spec{
 		Version:     specs.Version,

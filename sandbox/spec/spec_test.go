@@ -52,7 +52,7 @@ func node() Node {
 			fuse := HostDevice{Path: "/dev/fuse", Type: "c", Major: 10, Minor: 229, Mode: 0o666}
 			switch p {
 			case "/dev":
-				return []HostDevice{fuse, {Path: "/dev/sda", Type: "b", Major: 8, Mode: 0o660, GID: 6}}, nil
+				return []HostDevice{fuse, {Path: "/dev/null", Type: "c", Major: 1, Minor: 3}, {Path: "/dev/ptmx", Type: "c", Major: 5, Minor: 2}, {Path: "/dev/sda", Type: "b", Major: 8, Mode: 0o660, GID: 6}}, nil
 			case "/dev/fuse":
 				return []HostDevice{fuse}, nil
 			case "/dev/snd":
@@ -104,7 +104,7 @@ func TestGolden(t *testing.T) {
 		},
 		"privileged": func(in *Input) {
 			sec := &in.Container.Security
-			sec.Privileged, sec.ReadonlyRootfs = true, true
+			sec.Privileged, sec.ReadonlyRootfs, in.Pod.Privileged = true, true, true
 			sec.Seccomp = &model.Profile{Type: model.ProfileLocalhost, Ref: "/profiles/missing.json"} // ignored
 			in.Container.Devices = []model.Device{{HostPath: "/dev/fuse", ContainerPath: "/dev/fuse", Permissions: "r"}}
 		},
@@ -187,20 +187,21 @@ func TestRefusals(t *testing.T) {
 		kind   func(error) bool
 		text   string
 	}{
-		"no program":           {func(in *Input) { in.Image, in.Container.Args = ocispec.ImageConfig{}, nil }, errdefs.IsInvalidArgument, "command"},
-		"empty program":        {c(func(c *model.ContainerConfig) { c.Command = []string{""} }), errdefs.IsInvalidArgument, "command"},
-		"NUL in an argument":   {c(func(c *model.ContainerConfig) { c.Args = []string{"a\x00b"} }), errdefs.IsInvalidArgument, "argument 1"},
-		"NUL in the directory": {c(func(c *model.ContainerConfig) { c.WorkingDir = "/\x00" }), errdefs.IsInvalidArgument, "working_dir"},
-		"env key":              {c(func(c *model.ContainerConfig) { c.Env = []model.KeyValue{{Key: "A=B"}} }), errdefs.IsInvalidArgument, "envs[0].key"},
-		"env value":            {c(func(c *model.ContainerConfig) { c.Env = []model.KeyValue{{Key: "A", Value: []byte{0}}} }), errdefs.IsInvalidArgument, "envs[0]"},
-		"network mode":         {func(in *Input) { in.Namespaces.Network = model.NamespaceContainer }, errdefs.IsInvalidArgument, "namespace_options.network"},
-		"ipc mode":             {func(in *Input) { in.Namespaces.IPC = model.NamespaceTarget }, errdefs.IsInvalidArgument, "namespace_options.ipc"},
-		"pid mode":             {func(in *Input) { in.Namespaces.PID = 9 }, errdefs.IsInvalidArgument, "namespace_options.pid"},
-		"missing host path":    {mount(model.Mount{ContainerPath: "/m", HostPath: "/missing"}), errdefs.IsInvalidArgument, "mounts[1].host_path"},
-		"relative host path":   {mount(model.Mount{ContainerPath: "/m", HostPath: "m"}), errdefs.IsInvalidArgument, "mounts[1].host_path"},
-		"mount on the root":    {mount(model.Mount{ContainerPath: "/a/..", HostPath: "/x"}), errdefs.IsInvalidArgument, "mounts[1].container_path"},
-		"rro not readonly":     {mount(model.Mount{ContainerPath: "/m", HostPath: "/x", RecursiveReadonly: true}), errdefs.IsInvalidArgument, "recursive_read_only"},
-		"rro propagated":       {mount(model.Mount{ContainerPath: "/m", HostPath: "/shared", RecursiveReadonly: true, Readonly: true, Propagation: 1}), errdefs.IsInvalidArgument, "recursive_read_only"},
+		"no program":                {func(in *Input) { in.Image, in.Container.Args = ocispec.ImageConfig{}, nil }, errdefs.IsInvalidArgument, "command"},
+		"empty program":             {c(func(c *model.ContainerConfig) { c.Command = []string{""} }), errdefs.IsInvalidArgument, "command"},
+		"NUL in an argument":        {c(func(c *model.ContainerConfig) { c.Args = []string{"a\x00b"} }), errdefs.IsInvalidArgument, "argument 1"},
+		"NUL in the directory":      {c(func(c *model.ContainerConfig) { c.WorkingDir = "/\x00" }), errdefs.IsInvalidArgument, "working_dir"},
+		"env key":                   {c(func(c *model.ContainerConfig) { c.Env = []model.KeyValue{{Key: "A=B"}} }), errdefs.IsInvalidArgument, "envs[0].key"},
+		"env value":                 {c(func(c *model.ContainerConfig) { c.Env = []model.KeyValue{{Key: "A", Value: []byte{0}}} }), errdefs.IsInvalidArgument, "envs[0]"},
+		"privileged in a plain pod": {sec(func(s *model.Security) { s.Privileged = true }), errdefs.IsInvalidArgument, "security_context.privileged"},
+		"network mode":              {func(in *Input) { in.Namespaces.Network = model.NamespaceContainer }, errdefs.IsInvalidArgument, "namespace_options.network"},
+		"ipc mode":                  {func(in *Input) { in.Namespaces.IPC = model.NamespaceTarget }, errdefs.IsInvalidArgument, "namespace_options.ipc"},
+		"pid mode":                  {func(in *Input) { in.Namespaces.PID = 9 }, errdefs.IsInvalidArgument, "namespace_options.pid"},
+		"missing host path":         {mount(model.Mount{ContainerPath: "/m", HostPath: "/missing"}), errdefs.IsInvalidArgument, "mounts[1].host_path"},
+		"relative host path":        {mount(model.Mount{ContainerPath: "/m", HostPath: "m"}), errdefs.IsInvalidArgument, "mounts[1].host_path"},
+		"mount on the root":         {mount(model.Mount{ContainerPath: "/a/..", HostPath: "/x"}), errdefs.IsInvalidArgument, "mounts[1].container_path"},
+		"rro not readonly":          {mount(model.Mount{ContainerPath: "/m", HostPath: "/x", RecursiveReadonly: true}), errdefs.IsInvalidArgument, "recursive_read_only"},
+		"rro propagated":            {mount(model.Mount{ContainerPath: "/m", HostPath: "/shared", RecursiveReadonly: true, Readonly: true, Propagation: 1}), errdefs.IsInvalidArgument, "recursive_read_only"},
 		"rro on an old kernel": {func(in *Input) {
 			in.Host.RecursiveReadonly = false
 			mount(model.Mount{ContainerPath: "/m", HostPath: "/x", RecursiveReadonly: true, Readonly: true})(in)
@@ -343,7 +344,7 @@ func TestLabels(t *testing.T) {
 	if err != nil || s.Process.ApparmorProfile != DefaultAppArmorProfile || s.Process.SelinuxLabel != "proc:type:t,level:s0:c1,c2" || s.Linux.MountLabel != "mount" {
 		t.Errorf("got %q, %q, %v", s.Process.ApparmorProfile, s.Process.SelinuxLabel, err)
 	}
-	in.Container.Security.Privileged = true
+	in.Container.Security.Privileged, in.Pod.Privileged = true, true
 	if s, err = Build(in); err != nil || s.Process.ApparmorProfile != "" || s.Process.SelinuxLabel != "" {
 		t.Errorf("privileged: got %q, %q, %v", s.Process.ApparmorProfile, s.Process.SelinuxLabel, err)
 	}

@@ -89,8 +89,8 @@ func (r reader) v2(dir string, s *model.Stats) error {
 	if err != nil {
 		return err
 	}
-	keys(text, func(k string, v uint64) {
-		if k == "usage_usec" {
+	keys(text, func(k []byte, v uint64) {
+		if string(k) == "usage_usec" {
 			s.CPUNanoseconds = v * 1000
 		}
 	})
@@ -127,8 +127,8 @@ func (r reader) v2memory(fd int, s *model.Stats) error {
 		return err
 	}
 	var inactive uint64
-	keys(text, func(k string, v uint64) {
-		switch k {
+	keys(text, func(k []byte, v uint64) {
+		switch string(k) {
 		case "anon":
 			s.RSS = v
 		case "inactive_file":
@@ -208,8 +208,8 @@ func (r reader) v1memory(fd int, s *model.Stats) error {
 	var inactive, swap uint64
 	tightest, swapTightest := uint64(unlimited), uint64(unlimited)
 	counted := false
-	keys(text, func(k string, v uint64) {
-		switch k {
+	keys(text, func(k []byte, v uint64) {
+		switch string(k) {
 		case "total_rss":
 			s.RSS = v
 		case "total_inactive_file":
@@ -267,8 +267,8 @@ func floor(a, b uint64) uint64 {
 	return a - b
 }
 
-// keys calls visit for each "key number" line.
-func keys(text []byte, visit func(key string, value uint64)) {
+// keys calls visit for each "key number" line; key is valid during the call.
+func keys(text []byte, visit func(key []byte, value uint64)) {
 	for len(text) > 0 {
 		line := text
 		if i := bytes.IndexByte(text, '\n'); i >= 0 {
@@ -281,7 +281,7 @@ func keys(text []byte, visit func(key string, value uint64)) {
 			continue
 		}
 		if v, ok := digits(line[sp+1:]); ok {
-			visit(string(line[:sp]), v)
+			visit(line[:sp], v)
 		}
 	}
 }

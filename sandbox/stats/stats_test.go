@@ -277,8 +277,8 @@ func FuzzParsers(f *testing.F) {
 		f.Add([]byte(text))
 	}
 	f.Fuzz(func(t *testing.T, text []byte) {
-		keys(text, func(k string, v uint64) {
-			if !bytes.Contains(text, []byte(k+" ")) {
+		keys(text, func(k []byte, v uint64) {
+			if !bytes.Contains(text, append(bytes.Clone(k), ' ')) {
 				t.Fatalf("key %q with %d is not in the text", k, v)
 			}
 		})
