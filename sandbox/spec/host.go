@@ -124,9 +124,7 @@ func (h *Host) probeCgroups() error {
 		h.SwapController = exists(filepath.Join(v1["memory"], "memory.memsw.limit_in_bytes"))
 	case unified != "":
 		h.CgroupV2 = true
-		// The file is in every cgroup but the root.
-		found, _ := filepath.Glob(filepath.Join(unified, "*", "memory.swap.max")) // the pattern is constant and good
-		h.SwapController = len(found) > 0
+		h.SwapController = swapOnV2(unified)
 	default:
 		return fmt.Errorf("cgroups: neither cgroup v2 nor the v1 memory controller is mounted; mount cgroup2 on /sys/fs/cgroup: %w", errdefs.ErrFailedPrecondition)
 	}
@@ -142,6 +140,17 @@ func (h *Host) probeCgroups() error {
 		h.HugepageSizes = hugepageSizes("/sys/kernel/mm/hugepages")
 	}
 	return nil
+}
+
+// swapOnV2 looks into the children of the root, which has no limit files itself.
+// Before any of them has the memory controller, the kernel's having swap decides:
+// on v2 it is accounted unless switched off at boot.
+func swapOnV2(root string) bool {
+	limits, _ := filepath.Glob(filepath.Join(root, "*", "memory.max")) // the error is of a bad pattern, and this is a good one
+	if len(limits) == 0 {
+		return exists("/proc/swaps")
+	}
+	return exists(filepath.Join(filepath.Dir(limits[0]), "memory.swap.max"))
 }
 
 // hugepageSizes reads directory names such as hugepages-2048kB.

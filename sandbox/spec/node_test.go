@@ -32,6 +32,56 @@ func TestProbeHost(t *testing.T) {
 	}
 }
 
+func TestHugepageSizes(t *testing.T) {
+	dir := t.TempDir()
+	for _, n := range []string{"hugepages-2048kB", "hugepages-1048576kB", "hugepages-64kB", "other"} {
+		if err := os.Mkdir(filepath.Join(dir, n), 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	got := hugepageSizes(dir)
+	slices.Sort(got)
+	if want := []string{"1GB", "2MB", "64KB"}; !slices.Equal(got, want) {
+		t.Errorf("got %v, want %v", got, want)
+	}
+}
+
+func TestSwapOnV2(t *testing.T) {
+	root := t.TempDir()
+	child := filepath.Join(root, "system.slice")
+	if err := os.Mkdir(child, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if got, want := swapOnV2(root), exists("/proc/swaps"); got != want {
+		t.Errorf("no controller yet: got %v, want %v", got, want)
+	}
+	for _, c := range []struct {
+		file string
+		want bool
+	}{{"memory.max", false}, {"memory.swap.max", true}} {
+		if err := os.WriteFile(filepath.Join(child, c.file), nil, 0o644); err != nil {
+			t.Fatal(err)
+		}
+		if got := swapOnV2(root); got != c.want {
+			t.Errorf("with %s: got %v, want %v", c.file, got, c.want)
+		}
+	}
+}
+
+func TestCheckSELinux(t *testing.T) {
+	for level, ok := range map[string]bool{
+		"s0": true, "s0:c1,c2": true, "s0-s15:c0.c1023": true, "s0:c1,c2-s0:c5": true, "": true,
+		"s0:": false, "x": false, "s0:c1 c2": false, "s0\n": false, "c1": false,
+	} {
+		if err := CheckSELinux(&model.SELinux{Level: level}); (err == nil) != ok {
+			t.Errorf("level %q: got %v", level, err)
+		}
+	}
+	if err := CheckSELinux(nil); err != nil {
+		t.Error(err)
+	}
+}
+
 func TestHostDevices(t *testing.T) {
 	all, err := devicesAt("/dev")
 	if err != nil {
