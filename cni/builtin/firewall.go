@@ -237,7 +237,7 @@ func (f *firewall) elements(ms []mapping, verb func(*nftables.Conn, *nftables.Se
 }
 
 // rulesOf is how many rules each chain holds.
-var rulesOf = map[string]int{"raw": 4, "prerouting": 4, "output": 4, "postrouting": 5}
+var rulesOf = map[string]int{"raw": 6, "prerouting": 4, "output": 4, "postrouting": 5}
 
 // intact reports whether every rule is in place, as it is not after another
 // program flushed the ruleset.
@@ -276,7 +276,7 @@ func (f *firewall) addChains(c *nftables.Conn) {
 	notLo := name(expr.MetaKeyIIFNAME, expr.CmpOpNeq, "lo\x00")
 	fromPod := name(expr.MetaKeyIIFNAME, expr.CmpOpEq, f.prefix)
 	notToPod := name(expr.MetaKeyOIFNAME, expr.CmpOpNeq, f.prefix)
-	loop4 := netip.MustParsePrefix("127.0.0.0/8")
+	loop4, loop6 := netip.MustParsePrefix("127.0.0.0/8"), netip.MustParsePrefix("::1/128")
 
 	// Before conntrack, so that replies to published loopback ports, which get
 	// their 127.0.0.1 back later, pass. The links' route_localnet would otherwise
@@ -284,6 +284,8 @@ func (f *firewall) addChains(c *nftables.Conn) {
 	rule := chain("raw", nftables.ChainTypeFilter, nftables.ChainHookPrerouting, *nftables.ChainPriorityRaw)
 	rule(notLo, f.v4.in(f.v4.dst, expr.CmpOpEq, loop4), drop)
 	rule(notLo, f.v4.in(f.v4.src, expr.CmpOpEq, loop4), drop)
+	rule(notLo, f.v6.in(f.v6.dst, expr.CmpOpEq, loop6), drop)
+	rule(notLo, f.v6.in(f.v6.src, expr.CmpOpEq, loop6), drop)
 	// A pod sends from its own addresses only.
 	noReturn := []expr.Any{
 		&expr.Fib{Register: 1, ResultOIF: true, FlagSADDR: true, FlagIIF: true},
@@ -305,7 +307,7 @@ func (f *firewall) addChains(c *nftables.Conn) {
 	rule(f.v6.toSelf(), masquerade)
 	// Loopback sources mean nothing in the pod.
 	rule(f.v4.in(f.v4.src, expr.CmpOpEq, loop4), name(expr.MetaKeyOIFNAME, expr.CmpOpEq, f.prefix), masquerade)
-	rule(f.v6.in(f.v6.src, expr.CmpOpEq, netip.MustParsePrefix("::1/128")), name(expr.MetaKeyOIFNAME, expr.CmpOpEq, f.prefix), masquerade)
+	rule(f.v6.in(f.v6.src, expr.CmpOpEq, loop6), name(expr.MetaKeyOIFNAME, expr.CmpOpEq, f.prefix), masquerade)
 	for _, p := range f.unmasked {
 		h := f.v4
 		if p.Addr().Is6() {

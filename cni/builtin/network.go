@@ -104,6 +104,7 @@ var _ cni.Network = (*Network)(nil)
 type ready struct {
 	ns      *os.File
 	link    string
+	index   int // ifindex of link
 	ips     []netip.Addr
 	subnets []*subnet // those the addresses came from
 }
@@ -312,6 +313,13 @@ func (n *Network) bind(r *record, w *ready, p cni.Pod, u *undo.Stack) error {
 	u.Push(func() error { return n.store.remove(r.Pod) })
 	if len(r.Ports) == 0 {
 		return nil
+	}
+	if slices.ContainsFunc(r.Ports, mapping.onLoopback6) {
+		var m batch
+		m.loopback6(w.index)
+		if err := n.threads.do(func(th *thread) error { return m.send(th.rt) }); err != nil {
+			return fmt.Errorf("publish ports on ::1: %w", err)
+		}
 	}
 	err = n.fw.add(r.Ports)
 	if errors.Is(err, unix.ENOENT) { // somebody flushed the ruleset

@@ -300,6 +300,11 @@ func TestHostPorts(t *testing.T) {
 	w.want(w.host, "udp", "127.0.0.1:8053", "p")
 	w.want(w.host, "tcp", "127.0.0.1:8081", "p")
 	w.wantNot(w.host, "tcp", "127.0.0.1:8082")
+	w.want(w.host, "tcp", "[::1]:8080", "p")
+	w.want(w.host, "udp", "[::1]:8053", "p")
+	w.wantNot(w.host, "tcp", "[::1]:8083")
+	w.serve(w.host, "tcp", "[::1]:9000", "host")
+	w.want(w.host, "tcp", "[::1]:9000", "host") // the node's own ::1 is not disturbed
 	if seen := w.want(w.outside, "tcp", "192.0.2.1:8080", "p"); seen != "192.0.2.2" {
 		t.Errorf("outside to host port: source %s, want the client's own", seen)
 	}

@@ -53,9 +53,8 @@ func enableForwarding(ipv6 bool) error {
 	return nil
 }
 
-// unreachableMetric ranks our routes behind any other route to the same prefix,
-// and marks them as ours.
-const unreachableMetric = 1 << 20
+// worstMetric ranks routes of ours behind any other route to the same prefix.
+const worstMetric = 1 << 20
 
 // prepareSubnet gives the node its address in s, on lo because not every kernel
 // has dummy devices: it is the stable source of host processes towards pods.

@@ -40,12 +40,16 @@ func (n *Network) namespace() (*ready, error) {
 // is still on a link (of a dying namespace, or of a pod whose record was lost)
 // is passed over.
 func (n *Network) wire() (*ready, error) {
-	for range attempts {
-		w, index, err := n.address()
+	for try := range attempts {
+		if try >= attempts/4 {
+			// A small subnet, and links of pods just gone: the kernel takes 20 to 100 ms.
+			time.Sleep(20 * time.Millisecond)
+		}
+		w, err := n.address()
 		if err != nil {
 			return nil, err
 		}
-		cfg := wiring{link: w.link, index: index, ips: w.ips, src: sources(w.subnets), mtu: n.cfg.MTU, ipv6: n.ipv6}
+		cfg := wiring{link: w.link, index: w.index, ips: w.ips, src: sources(w.subnets), mtu: n.cfg.MTU, ipv6: n.ipv6}
 		err = n.threads.do(func(th *thread) (err error) {
 			w.ns, err = th.pod(cfg)
 			return err
@@ -62,7 +66,7 @@ func (n *Network) wire() (*ready, error) {
 }
 
 // address takes one address of each subnet and the link name that goes with them.
-func (n *Network) address() (*ready, int, error) {
+func (n *Network) address() (*ready, error) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	for range attempts {
@@ -71,7 +75,7 @@ func (n *Network) address() (*ready, int, error) {
 			ip, err := s.take()
 			if err != nil {
 				n.freeLocked("", w.ips)
-				return nil, 0, err
+				return nil, err
 			}
 			w.ips = append(w.ips, ip)
 		}
@@ -80,16 +84,15 @@ func (n *Network) address() (*ready, int, error) {
 		if i := slices.IndexFunc(w.ips, netip.Addr.Is4); i >= 0 {
 			byName = w.ips[i]
 		}
-		var index int
-		w.link, index = linkID(linkPrefix, byName)
+		w.link, w.index = linkID(linkPrefix, byName)
 		if _, taken := n.links[w.link]; taken {
 			n.freeLocked("", w.ips)
 			continue
 		}
 		n.links[w.link] = struct{}{}
-		return w, index, nil
+		return w, nil
 	}
-	return nil, 0, fmt.Errorf("pod address: the links of %d addresses in a row are still being deleted: %w", attempts, errdefs.ErrUnavailable)
+	return nil, fmt.Errorf("pod address: the links of %d addresses in a row are still being deleted: %w", attempts, errdefs.ErrUnavailable)
 }
 
 func (n *Network) free(w *ready) {

@@ -31,6 +31,11 @@ func (m mapping) String() string {
 	return fmt.Sprintf("%s port %d on %s", protoName[m.Proto], m.HostPort, host)
 }
 
+// onLoopback6 reports whether m is published on ::1.
+func (m mapping) onLoopback6() bool {
+	return m.Pod.Is6() && (!m.HostIP.IsValid() || m.HostIP.IsLoopback())
+}
+
 var protoName = map[uint8]string{unix.IPPROTO_TCP: "TCP", unix.IPPROTO_UDP: "UDP", unix.IPPROTO_SCTP: "SCTP"}
 
 var protoNumber = map[cni.Protocol]uint8{"": unix.IPPROTO_TCP, cni.TCP: unix.IPPROTO_TCP, cni.UDP: unix.IPPROTO_UDP, cni.SCTP: unix.IPPROTO_SCTP}

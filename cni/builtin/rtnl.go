@@ -10,11 +10,12 @@ import (
 
 // Netlink attribute numbers that golang.org/x/sys/unix does not name.
 const (
-	vethInfoPeer         = 1  // VETH_INFO_PEER
-	iflaInetConf         = 1  // IFLA_INET_CONF
-	iflaInet6AddrGenMode = 8  // IFLA_INET6_ADDR_GEN_MODE
-	addrGenNone          = 1  // IN6_ADDR_GEN_MODE_NONE
-	devconfRouteLocalnet = 26 // IPV4_DEVCONF_ROUTE_LOCALNET
+	vethInfoPeer         = 1      // VETH_INFO_PEER
+	iflaInetConf         = 1      // IFLA_INET_CONF
+	iflaInet6AddrGenMode = 8      // IFLA_INET6_ADDR_GEN_MODE
+	addrGenNone          = 1      // IN6_ADDR_GEN_MODE_NONE
+	extSkipStats         = 1 << 3 // RTEXT_FILTER_SKIP_STATS
+	devconfRouteLocalnet = 26     // IPV4_DEVCONF_ROUTE_LOCALNET
 )
 
 const (
@@ -82,6 +83,16 @@ func (m *batch) up(index int) {
 	m.add("link up", unix.RTM_NEWLINK, request, func() { m.ifinfo(index, unix.IFF_UP) })
 }
 
+// settle asks for the link. Since 6.8 that makes the kernel finish a pending
+// carrier change first: until then it drops what is sent over a link whose peer
+// has just come up, which would cost a pod its first packets.
+func (m *batch) settle(index int) {
+	m.add("settle link", unix.RTM_GETLINK, request, func() {
+		m.ifinfo(index, 0)
+		m.attrU32(unix.IFLA_EXT_MASK, extSkipStats)
+	})
+}
+
 // ipv6Quiet stops the kernel from making a link-local address (and from
 // probing for duplicates of it). It must come before the link is up.
 func (m *batch) ipv6Quiet() {
@@ -142,6 +153,21 @@ func (m *batch) podRoute(index int, ip, src netip.Addr) {
 	})
 }
 
+// loopback6 lets answers for ::1 come in over the link index: the kernel looks
+// such destinations up by incoming device, and has no route_localnet for IPv6.
+// Only packets that conntrack gave back their ::1 profit; the kernel drops those
+// that arrive with it, before anything else.
+func (m *batch) loopback6(index int) {
+	// Without NLM_F_EXCL, which refuses a second device for the same destination.
+	m.add("route to ::1", unix.RTM_NEWROUTE, request|unix.NLM_F_CREATE|unix.NLM_F_APPEND, func() {
+		m.b = append(m.b, unix.AF_INET6, 128, 0, 0, unix.RT_TABLE_LOCAL, unix.RTPROT_STATIC, unix.RT_SCOPE_UNIVERSE, unix.RTN_LOCAL)
+		m.u32(0)
+		m.attr(unix.RTA_DST, netip.IPv6Loopback().AsSlice())
+		m.attrU32(unix.RTA_OIF, uint32(index))
+		m.attrU32(unix.RTA_PRIORITY, worstMetric)
+	})
+}
+
 // unreachable makes or deletes (typ) the route that catches unassigned addresses of p.
 func (m *batch) unreachable(p netip.Prefix, typ, flags uint16) {
 	dst := p.Addr().AsSlice()
@@ -149,7 +175,7 @@ func (m *batch) unreachable(p netip.Prefix, typ, flags uint16) {
 		m.b = append(m.b, familyOf(dst), byte(p.Bits()), 0, 0, unix.RT_TABLE_MAIN, unix.RTPROT_STATIC, unix.RT_SCOPE_UNIVERSE, unix.RTN_UNREACHABLE)
 		m.u32(0)
 		m.attr(unix.RTA_DST, dst)
-		m.attrU32(unix.RTA_PRIORITY, unreachableMetric)
+		m.attrU32(unix.RTA_PRIORITY, worstMetric)
 	})
 }
 

@@ -174,6 +174,11 @@ func (th *thread) pod(w wiring) (*os.File, error) {
 	if err := podSide(w, rt); err != nil {
 		return fail("pod side", err)
 	}
+	var settle batch
+	settle.settle(w.index)
+	if err := settle.send(th.rt); err != nil {
+		return fail("node side", err)
+	}
 	if w.ipv6 {
 		// CVE-2020-10749, CVE-2020-13401: a pod's router advertisement must never
 		// become a route of the node. The pod does not run yet.
