@@ -21,7 +21,7 @@ var mayImport = map[string][]string{
 	"cmd/berthd":            {"cri", "sandbox", "imageservice", "cni", "oci/supervisor/client", "internal"},
 	"cmd/berth-supervisor":  {"oci", "internal"},
 	"cmd/berth-oci":         {"oci", "internal"},
-	"cmd/berth":             {"imageservice", "internal"},
+	"cmd/berth":             {"cri/streaming/client", "internal"},
 	"cri":                   {"sandbox", "imageservice", "cni", "internal"},
 	"sandbox":               {"imageservice", "cni", "oci", "internal"},
 	"sandbox/model":         {"cni", "internal"},
