@@ -36,7 +36,11 @@ W=$(mktemp -d "${TMPDIR:-/tmp}/bench-compare.XXXXXX")
 keep=$out; out=${out:-$W/out}; mkdir -p "$out"; out=$(realpath "$out")
 bridge=cmp$$ # at most 15 characters
 forward=$(cat /proc/sys/net/ipv4/ip_forward)
-shims=/run/containerd; [ -e $shims ] && shims='' # containerd keeps its shims' sockets there whatever its configuration says
+# containerd and CNI make these whatever their configuration says; those that are new here go again at the end, when empty.
+strays=()
+for dir in /run/containerd/s /run/containerd/runc/k8s.io /run/containerd/runc /run/containerd /var/lib/cni/results /var/lib/cni /run/netns; do
+  [ -e $dir ] || strays+=("$dir")
+done
 registry='' reaper='' measuring=''
 
 # stop_runtime ends the runtime that runs, with all that it left: its subreaper sees to that.
@@ -59,7 +63,7 @@ clean() {
   done
   ip link delete "$bridge" 2>/dev/null
   [ "$forward" = "$(cat /proc/sys/net/ipv4/ip_forward)" ] || echo "$forward" >/proc/sys/net/ipv4/ip_forward
-  [ -n "$shims" ] && { rmdir $shims/s $shims 2>/dev/null; }
+  rmdir ${strays[@]+"${strays[@]}"} 2>/dev/null
   if [ $rc != 0 ] && [ $rc -lt 128 ] && [ -z "$keep" ]; then
     for m in "$W"/out/*.log; do [ -s "$m" ] && { echo "== the end of $(basename "$m")" >&2; tail -n 20 "$m" >&2; }; done
   fi

@@ -15,7 +15,7 @@ import (
 // first. Runs are told apart by the name in them.
 func table(w io.Writer, files []string) error {
 	if len(files) == 0 {
-		return errors.New("usage: bench table RESULT.json...")
+		return errors.New("usage: bench table RESULT.json [RESULT.json...]")
 	}
 	var all []*result
 	for _, f := range files {
