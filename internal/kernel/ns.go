@@ -86,13 +86,23 @@ func In(kind Namespace, ns *os.File, f func() error) error {
 	})
 }
 
-// onThread runs f on an OS thread that is thrown away afterwards: it is never
+// OnThread runs f on an OS thread that is thrown away afterwards: it is never
 // unlocked, so the Go runtime ends it with its goroutine and a changed
-// namespace cannot leak into other goroutines.
+// namespace, root or umask cannot leak into other goroutines. f must not hand
+// its work to other goroutines.
+func OnThread(f func() error) error { return onThread(f) }
+
 func onThread(f func() error) error {
 	done := make(chan error, 1)
 	go func() {
 		runtime.LockOSThread()
+		// The main thread is never ended, and /proc/self of the whole process shows
+		// its namespaces: keep it busy here and use another one.
+		if unix.Gettid() == unix.Getpid() {
+			done <- onThread(f)
+			runtime.UnlockOSThread()
+			return
+		}
 		err := errors.New("panic on a namespace thread")
 		defer func() { done <- err }()
 		err = f()

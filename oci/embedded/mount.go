@@ -1,0 +1,141 @@
+package embedded
+
+import (
+	"os"
+	"path"
+	"slices"
+	"strings"
+
+	specs "github.com/opencontainers/runtime-spec/specs-go"
+	"golang.org/x/sys/unix"
+
+	"github.com/berth-runtime/berth/internal/kernel"
+)
+
+// mount is a checked mount of a spec.
+type mount struct {
+	field     string
+	dest      string // clean, absolute
+	fstype    string // "bind" for binds
+	source    string
+	recursive bool // rbind
+	attr      unix.MountAttr
+	rattr     unix.MountAttr // for the whole tree
+	opts      []kernel.FSOption
+}
+
+// A flag sets or clears mount attributes.
+type attrFlag struct{ set, clear uint64 }
+
+var attrFlags = map[string]attrFlag{
+	"ro": {unix.MOUNT_ATTR_RDONLY, 0}, "rw": {0, unix.MOUNT_ATTR_RDONLY},
+	"nosuid": {unix.MOUNT_ATTR_NOSUID, 0}, "suid": {0, unix.MOUNT_ATTR_NOSUID},
+	"nodev": {unix.MOUNT_ATTR_NODEV, 0}, "dev": {0, unix.MOUNT_ATTR_NODEV},
+	"noexec": {unix.MOUNT_ATTR_NOEXEC, 0}, "exec": {0, unix.MOUNT_ATTR_NOEXEC},
+	"nodiratime": {unix.MOUNT_ATTR_NODIRATIME, 0}, "diratime": {0, unix.MOUNT_ATTR_NODIRATIME},
+	"nosymfollow": {unix.MOUNT_ATTR_NOSYMFOLLOW, 0}, "symfollow": {0, unix.MOUNT_ATTR_NOSYMFOLLOW},
+	"noatime":     {unix.MOUNT_ATTR_NOATIME, unix.MOUNT_ATTR__ATIME},
+	"strictatime": {unix.MOUNT_ATTR_STRICTATIME, unix.MOUNT_ATTR__ATIME},
+	"relatime":    {unix.MOUNT_ATTR_RELATIME, unix.MOUNT_ATTR__ATIME},
+	"atime":       {unix.MOUNT_ATTR_RELATIME, unix.MOUNT_ATTR__ATIME},
+}
+
+var propagations = map[string]uint64{
+	"shared": unix.MS_SHARED, "slave": unix.MS_SLAVE, "private": unix.MS_PRIVATE, "unbindable": unix.MS_UNBINDABLE,
+}
+
+// superFlags are options of a filesystem that have no value.
+var superFlags = []string{"sync", "dirsync", "lazytime", "mand", "silent"}
+
+func parseMount(field string, m specs.Mount) (mount, error) {
+	out := mount{field: field, dest: path.Clean(m.Destination), fstype: m.Type, source: m.Source}
+	if !path.IsAbs(m.Destination) || out.dest == "/" || strings.ContainsRune(m.Destination, 0) {
+		return out, invalid("%s.destination %q: want an absolute path other than \"/\"", field, m.Destination)
+	}
+	if len(m.UIDMappings) > 0 || len(m.GIDMappings) > 0 {
+		return out, unsupported(field + ".uidMappings")
+	}
+	for _, o := range m.Options {
+		if err := out.option(o); err != nil {
+			return out, err
+		}
+	}
+	if out.rattr.Propagation == 0 {
+		out.rattr.Propagation = unix.MS_PRIVATE
+	}
+	if out.fstype == "" || out.fstype == "none" {
+		return out, invalid("%s.type: missing", field)
+	}
+	if out.fstype == "bind" && !path.IsAbs(out.source) && !strings.HasPrefix(out.source, fdSource) {
+		return out, invalid("%s.source %q: want an absolute path", field, m.Source)
+	}
+	if out.fstype == "bind" && len(out.opts) > 0 {
+		// A bind has no filesystem options: containerd and the kubelet pass none.
+		return out, invalid("%s.options: %q does not apply to a bind mount", field, out.opts[0].Key)
+	}
+	return out, nil
+}
+
+func (m *mount) option(o string) error {
+	name, value, hasValue := strings.Cut(o, "=")
+	base, rec := strings.TrimPrefix(name, "r"), strings.HasPrefix(name, "r")
+	switch {
+	case o == "" || o == "defaults":
+	case o == "bind", o == "rbind":
+		m.fstype, m.recursive = "bind", o == "rbind"
+	case o == "remount", o == "tmpcopyup", name == "idmap", name == "ridmap":
+		return unsupported(m.field + ".options: " + o)
+	case !hasValue && slices.Contains(superFlags, o):
+		m.opts = append(m.opts, kernel.FSOption{Key: o, Flag: true})
+	case !hasValue && attrFlags[name] != attrFlag{}:
+		apply(&m.attr, attrFlags[name])
+	case !hasValue && rec && attrFlags[base] != attrFlag{}:
+		apply(&m.rattr, attrFlags[base])
+	// Below an rbind a peer group must not stay by omission, so "slave" is "rslave".
+	case !hasValue && propagations[name] != 0:
+		m.rattr.Propagation = propagations[name]
+	case !hasValue && rec && propagations[base] != 0:
+		m.rattr.Propagation = propagations[base]
+	case hasValue:
+		m.opts = append(m.opts, kernel.FSOption{Key: name, Value: value})
+	default:
+		m.opts = append(m.opts, kernel.FSOption{Key: name, Flag: true})
+	}
+	return nil
+}
+
+// apply lets the later of two contradicting options win.
+func apply(a *unix.MountAttr, f attrFlag) {
+	a.Attr_set = a.Attr_set&^f.clear | f.set
+	if f.set&unix.MOUNT_ATTR__ATIME != 0 || f.clear == unix.MOUNT_ATTR__ATIME {
+		a.Attr_clr |= unix.MOUNT_ATTR__ATIME
+		return
+	}
+	a.Attr_clr = a.Attr_clr&^f.set | f.clear
+}
+
+// setAttrs puts the attributes of a bind on its tree.
+func (m *mount) setAttrs(t *os.File) error {
+	for _, x := range []struct {
+		attr unix.MountAttr
+		rec  bool
+	}{{m.rattr, true}, {m.attr, false}} {
+		if x.attr == (unix.MountAttr{}) {
+			continue
+		}
+		if err := kernel.SetMountAttr(t, x.rec, &x.attr); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+const fdSource = "fd:"
+
+// procBinds are the only paths below /proc that a mount may cover: what virtual
+// procfs filesystems replace. Anything else would let the spec's author fake
+// what the runtime itself relies on (CVE-2019-19921, CVE-2025-52881).
+var procBinds = []string{
+	"cpuinfo", "diskstats", "meminfo", "stat", "swaps", "uptime", "loadavg", "slabinfo",
+	"sys/kernel/ns_last_pid", "sys/crypto/fips_enabled",
+}

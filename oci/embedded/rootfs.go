@@ -1,0 +1,155 @@
+package embedded
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"runtime"
+	"strings"
+
+	"github.com/containerd/errdefs"
+	"golang.org/x/sys/unix"
+
+	"github.com/berth-runtime/berth/internal/kernel"
+	"github.com/berth-runtime/berth/oci"
+)
+
+// maxFSString is the longest value fsconfig(2) takes.
+const maxFSString = 255
+
+// openRootfs makes the container's root as a detached mount: an overlay, a
+// read-only bind of a single layer, or a bind of a bundle's directory.
+func openRootfs(r oci.Rootfs, path string) (*os.File, error) {
+	if len(r.Lowers) == 0 {
+		if path == "" {
+			return nil, invalid("root.path: missing")
+		}
+		return cloneRoot("root.path", path, 0)
+	}
+	if (r.Upper == "") != (r.Work == "") {
+		return nil, invalid("rootfs: upper and work go together")
+	}
+	if r.Upper == "" && len(r.Lowers) == 1 {
+		return cloneRoot("rootfs.lowers", r.Lowers[0], unix.MOUNT_ATTR_RDONLY)
+	}
+	var keep []*os.File
+	defer func() {
+		for _, f := range keep {
+			f.Close()
+		}
+	}()
+	// A path that is too long for one option is passed by descriptor.
+	short := func(p string) (string, error) {
+		if len(p) <= maxFSString {
+			return p, nil
+		}
+		f, err := os.OpenFile(p, unix.O_PATH|unix.O_DIRECTORY, 0)
+		if err != nil {
+			return "", err
+		}
+		keep = append(keep, f)
+		return fmt.Sprintf("/proc/self/fd/%d", f.Fd()), nil
+	}
+	opts := []kernel.FSOption{{Key: "source", Value: "overlay"}}
+	for _, l := range r.Lowers {
+		l, err := short(l)
+		if err != nil {
+			return nil, fmt.Errorf("rootfs.lowers: %w", err)
+		}
+		opts = append(opts, kernel.FSOption{Key: "lowerdir+", Value: l})
+	}
+	if r.Upper != "" {
+		upper, err1 := short(r.Upper)
+		work, err2 := short(r.Work)
+		if err := errors.Join(err1, err2); err != nil {
+			return nil, fmt.Errorf("rootfs.upper, rootfs.work: %w", err)
+		}
+		opts = append(opts, kernel.FSOption{Key: "upperdir", Value: upper}, kernel.FSOption{Key: "workdir", Value: work})
+		if r.Volatile {
+			opts = append(opts, kernel.FSOption{Key: "volatile", Flag: true})
+		}
+	}
+	m, err := kernel.NewFS("overlay", opts, 0)
+	if errors.Is(err, unix.EINVAL) && strings.Contains(err.Error(), "lowerdir+") {
+		m, err = overlayByMount(r)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("rootfs: %w", err)
+	}
+	return m, nil
+}
+
+func cloneRoot(field, path string, set uint64) (*os.File, error) {
+	m, err := kernel.CloneTree(unix.AT_FDCWD, path, true)
+	if err != nil {
+		return nil, fmt.Errorf("%s %q: %w: %w", field, path, err, errdefs.ErrInvalidArgument)
+	}
+	attr := &unix.MountAttr{Attr_set: set, Propagation: unix.MS_PRIVATE}
+	if err := kernel.SetMountAttr(m, true, attr); err != nil {
+		m.Close()
+		return nil, fmt.Errorf("%s %q: %w", field, path, err)
+	}
+	return m, nil
+}
+
+// overlayByMount is for kernels before 6.7, which know no "lowerdir+": mount(2)
+// takes one page of options, so every layer is named by a descriptor. The mount
+// is made in a copy of the mount namespace that dies with its thread, and
+// cloned out of it.
+func overlayByMount(r oci.Rootfs) (*os.File, error) {
+	var files []*os.File
+	defer func() {
+		for _, f := range files {
+			f.Close()
+		}
+	}()
+	name := func(p string) (string, error) {
+		f, err := os.OpenFile(p, unix.O_PATH|unix.O_DIRECTORY, 0)
+		if err != nil {
+			return "", err
+		}
+		files = append(files, f)
+		return fmt.Sprintf("/proc/self/fd/%d", f.Fd()), nil
+	}
+	var lowers []string
+	for _, l := range r.Lowers {
+		n, err := name(l)
+		if err != nil {
+			return nil, err
+		}
+		lowers = append(lowers, n)
+	}
+	opts := "lowerdir=" + strings.Join(lowers, ":")
+	if r.Upper != "" {
+		upper, err1 := name(r.Upper)
+		work, err2 := name(r.Work)
+		if err := errors.Join(err1, err2); err != nil {
+			return nil, err
+		}
+		opts += ",upperdir=" + upper + ",workdir=" + work
+		if r.Volatile {
+			opts += ",volatile"
+		}
+	}
+	if len(opts) >= os.Getpagesize() {
+		return nil, invalid("rootfs.lowers: %d layers are more than this kernel takes", len(r.Lowers))
+	}
+	var m *os.File
+	err := kernel.OnThread(func() error {
+		if err := unix.Unshare(unix.CLONE_NEWNS | unix.CLONE_FS); err != nil {
+			return fmt.Errorf("unshare: %w", err)
+		}
+		if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
+			return fmt.Errorf("make mounts private: %w", err)
+		}
+		// Any directory serves; /sys is not needed by this thread.
+		if err := unix.Mount("overlay", "/sys", "overlay", 0, opts); err != nil {
+			return fmt.Errorf("mount overlay: %w", err)
+		}
+		var err error
+		m, err = kernel.CloneTree(unix.AT_FDCWD, "/sys", false)
+		return err
+	})
+	runtime.KeepAlive(files)
+	return m, err
+}

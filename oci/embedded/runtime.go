@@ -1,0 +1,151 @@
+package embedded
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"sync"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/berth-runtime/berth/internal/kernel"
+	"github.com/berth-runtime/berth/internal/undo"
+	"github.com/berth-runtime/berth/oci"
+	"github.com/berth-runtime/berth/oci/embedded/cgroup"
+)
+
+// Config configures a Runtime; the zero value serves.
+type Config struct {
+	// Cgroups overrides the detected cgroup hierarchies.
+	Cgroups *cgroup.Host
+	// Log takes warnings; nil means slog.Default.
+	Log *slog.Logger
+}
+
+// Runtime makes containers. It holds no list of them.
+type Runtime struct {
+	cgroups *cgroup.Host
+	log     *slog.Logger
+	proc    *os.File // a procfs of our own that nothing can be mounted over (invariant I2)
+	empty   *os.File // the empty mount namespace
+	pidNS   *os.File // our own
+	null    *os.File // /dev/null, verified
+	caps    capSets  // our own
+	filters filterCache
+	close   sync.Once
+}
+
+var _ oci.Runtime = (*Runtime)(nil)
+
+// New prepares a runtime. It makes the process non-dumpable: for a moment a
+// forked child that is already in a container's PID namespace shares its memory.
+func New(c Config) (_ *Runtime, err error) {
+	r := &Runtime{cgroups: c.Cgroups, log: c.Log}
+	if r.log == nil {
+		r.log = slog.Default()
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, r.Close())
+		}
+	}()
+	if r.cgroups == nil {
+		if r.cgroups, err = cgroup.Detect(); err != nil {
+			return nil, err
+		}
+	}
+	if err := unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0); err != nil {
+		return nil, fmt.Errorf("prctl PR_SET_DUMPABLE: %w", err)
+	}
+	attrs := unix.MOUNT_ATTR_NOSUID | unix.MOUNT_ATTR_NODEV | unix.MOUNT_ATTR_NOEXEC
+	if r.proc, err = kernel.NewFS("proc", nil, attrs); err != nil {
+		return nil, fmt.Errorf("private procfs: %w", err)
+	}
+	if r.empty, err = kernel.NewEmptyMountNS(); err != nil {
+		return nil, err
+	}
+	if r.pidNS, err = os.Open("/proc/self/ns/pid"); err != nil {
+		return nil, err
+	}
+	if r.caps, err = ownCaps(); err != nil {
+		return nil, err
+	}
+	r.null, err = openNull()
+	return r, err
+}
+
+// openNull opens /dev/null and checks that it is the null device (invariant I3).
+func openNull() (*os.File, error) {
+	fd, err := unix.Open("/dev/null", unix.O_RDWR|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return nil, fmt.Errorf("/dev/null: %w", err)
+	}
+	f := os.NewFile(uintptr(fd), "/dev/null")
+	var st unix.Stat_t
+	if err := unix.Fstat(fd, &st); err != nil {
+		f.Close()
+		return nil, err
+	}
+	if st.Mode&unix.S_IFMT != unix.S_IFCHR || st.Rdev != unix.Mkdev(1, 3) {
+		f.Close()
+		return nil, errors.New("/dev/null: not the null device")
+	}
+	return f, nil
+}
+
+// Close releases what New made. Containers stay.
+func (r *Runtime) Close() error {
+	var err error
+	r.close.Do(func() {
+		for _, f := range []*os.File{r.proc, r.empty, r.pidNS, r.null} {
+			if f != nil {
+				err = errors.Join(err, f.Close())
+			}
+		}
+	})
+	return err
+}
+
+// Create implements oci.Runtime.
+func (r *Runtime) Create(ctx context.Context, req oci.CreateRequest) (_ oci.Container, err error) {
+	if err := ctx.Err(); err != nil {
+		return nil, err
+	}
+	p, err := r.plan(req)
+	if err != nil {
+		return nil, err
+	}
+	c := &Container{rt: r, id: req.ID, plan: p, podInit: req.PodInit, warnings: p.warnings}
+	var u undo.Stack
+	defer func() {
+		if err != nil {
+			err = errors.Join(fmt.Errorf("create container: %w", err), u.Run())
+		}
+	}()
+	u.Push(c.closeFiles)
+	if p.cgroupPath != "" {
+		cg, warnings, err := r.cgroups.Create(p.cgroupPath, p.spec.Linux.Resources)
+		if err != nil {
+			return nil, err
+		}
+		c.cgroup = cg
+		c.warnings = append(c.warnings, warnings...)
+		u.Push(cg.Delete)
+		if c.joinDir, err = cg.JoinDir(); err != nil {
+			return nil, err
+		}
+		if c.joinFiles, err = cg.JoinFiles(); err != nil {
+			return nil, err
+		}
+	}
+	if err := c.assemble(req); err != nil {
+		return nil, err
+	}
+	for _, w := range c.warnings {
+		r.log.Warn("container spec is only partly applied", "container", string(req.ID), "reason", w)
+	}
+	u.Release()
+	return c, nil
+}
