@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"runtime"
 	"slices"
 	"strings"
 	"unsafe"
@@ -14,6 +13,8 @@ import (
 	"github.com/google/nftables"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
+
+	"github.com/berth-runtime/berth/internal/kernel"
 )
 
 // The probes ask the kernel for the thing itself and never for its version:
@@ -209,25 +210,20 @@ func rootDirectory(dir string) (string, error) {
 	return fmt.Sprintf("%s on %s, %s free", dir, kind, size(free)), nil
 }
 
-// podNetwork makes a pair of links in a network namespace of its own. The thread
-// is never unlocked: it ends with its goroutine, and the namespace with it.
+// podNetwork makes a pair of links in a network namespace of its own, which ends
+// with the thread.
 func podNetwork(context.Context, *env) (string, error) {
-	errs := make(chan error, 1)
-	go func() {
-		runtime.LockOSThread()
+	return "network namespaces and veth", kernel.OnThread(func() error {
 		if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
-			errs <- remedy(fmt.Errorf("network namespace: %w", err), "run as root on a kernel with CONFIG_NET_NS")
-			return
+			return remedy(fmt.Errorf("network namespace: %w", err), "run as root on a kernel with CONFIG_NET_NS")
 		}
 		attrs := netlink.NewLinkAttrs()
 		attrs.Name = "berth0"
 		if err := netlink.LinkAdd(&netlink.Veth{LinkAttrs: attrs, PeerName: "berth1"}); err != nil {
-			errs <- remedy(fmt.Errorf("veth: %w", err), "load it: modprobe veth")
-			return
+			return remedy(fmt.Errorf("veth: %w", err), "load it: modprobe veth")
 		}
-		errs <- nil
-	}()
-	return "network namespaces and veth", <-errs
+		return nil
+	})
 }
 
 func nftablesOffered(context.Context, *env) (string, error) {

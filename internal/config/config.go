@@ -53,6 +53,11 @@ type Network struct {
 	// Subnets are the ranges that pods get addresses from: at most one of each
 	// family. The node's pod CIDR, once the kubelet tells it, takes their place.
 	Subnets []string `toml:"subnets"`
+	// Unmasked lists destinations outside the node that see a pod's own address,
+	// such as the cluster's pod network when other nodes have routes to it.
+	Unmasked []string `toml:"unmasked"`
+	// MTU of pod links in bytes; 0 is that of the device with the default route.
+	MTU int `toml:"mtu"`
 	// Pool is how many wired network namespaces are kept ready for the next pods.
 	Pool int `toml:"pool"`
 }
@@ -102,7 +107,7 @@ func Default() *Config {
 		CNIBinDir:         "/opt/cni/bin",
 		RegistryConfigDir: "/etc/berth/certs.d",
 		LogLevel:          "info",
-		Network:           Network{Subnets: []string{"10.88.0.0/16", "fd00:88::/64"}, Pool: 4},
+		Network:           Network{Subnets: []string{"10.164.0.0/16", "fd62:6572:7468::/64"}, Unmasked: []string{}, Pool: 8},
 		Streaming:         Streaming{Address: "127.0.0.1:0", IdleTimeout: Duration{4 * time.Hour}},
 	}
 }
@@ -149,7 +154,7 @@ func (n *Network) validate() error {
 	for _, s := range n.Subnets {
 		p, err := netip.ParsePrefix(s)
 		if err != nil {
-			return wrong("network.subnets", "%q is not a CIDR, for example 10.88.0.0/16", s)
+			return wrong("network.subnets", "%q is not a CIDR, for example 10.164.0.0/16", s)
 		}
 		if p.Addr().Is4() {
 			v4++
@@ -159,6 +164,14 @@ func (n *Network) validate() error {
 	}
 	if v4 > 1 || v6 > 1 || v4+v6 == 0 {
 		return wrong("network.subnets", "%d IPv4 and %d IPv6 ranges; give one of one family or one of each", v4, v6)
+	}
+	for _, s := range n.Unmasked {
+		if _, err := netip.ParsePrefix(s); err != nil {
+			return wrong("network.unmasked", "%q is not a CIDR, for example 10.0.0.0/8", s)
+		}
+	}
+	if n.MTU != 0 && (n.MTU < 1280 || n.MTU > 65535) {
+		return wrong("network.mtu", "%d; use 1280 to 65535, or 0 for the default route's", n.MTU)
 	}
 	if n.Pool < 0 || n.Pool > 256 {
 		return wrong("network.pool", "%d; use 0 to 256", n.Pool)
