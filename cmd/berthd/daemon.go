@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"net/http"
 	"os"
 	"os/signal"
 	"runtime/debug"
@@ -18,7 +19,9 @@ import (
 	"k8s.io/klog/v2"
 
 	"github.com/berth-runtime/berth/cri"
+	"github.com/berth-runtime/berth/cri/pulls"
 	"github.com/berth-runtime/berth/internal/config"
+	"github.com/berth-runtime/berth/internal/pullapi"
 	"github.com/berth-runtime/berth/internal/version"
 )
 
@@ -111,7 +114,6 @@ func serve(ctx context.Context, cfg *config.Config, open opener) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, p.close()) }()
-
 	server, err := cri.New(cri.Config{
 		StreamAddress:     cfg.Streaming.Address,
 		StreamIdleTimeout: cfg.Streaming.IdleTimeout.Duration,
@@ -126,12 +128,16 @@ func serve(ctx context.Context, cfg *config.Config, open opener) (err error) {
 	}
 	served := make(chan error, 1)
 	go func() { served <- server.Serve(l) }()
-
-	if err := probe(ctx, cfg.Socket); err != nil {
-		if ctx.Err() != nil { // told to stop while starting
-			return shutDown(server, served)
-		}
-		return errors.Join(fmt.Errorf("own socket: %w", err), shutDown(server, served))
+	closePulls, err := servePulls(cfg, p.images)
+	if err == nil {
+		defer func() { err = errors.Join(err, closePulls()) }()
+		err = probe(ctx, cfg.Socket)
+	}
+	switch {
+	case ctx.Err() != nil: // told to stop while starting
+		return shutDown(server, served)
+	case err != nil:
+		return errors.Join(fmt.Errorf("start: %w", err), shutDown(server, served))
 	}
 	ready(cfg, time.Since(started))
 	select {
@@ -141,6 +147,24 @@ func serve(ctx context.Context, cfg *config.Config, open opener) (err error) {
 	}
 	_, _ = sd.SdNotify(false, sd.SdNotifyStopping)
 	return shutDown(server, served)
+}
+
+// servePulls serves the socket on which pulls can be watched.
+func servePulls(cfg *config.Config, i pulls.Puller) (stop func() error, err error) {
+	l, err := listen(pullapi.SocketFor(cfg.Socket))
+	if err != nil {
+		return nil, err
+	}
+	s := pulls.NewServer(i)
+	served := make(chan error, 1)
+	go func() { served <- s.Serve(l) }()
+	return func() error {
+		err := s.Close()
+		if e := <-served; !errors.Is(e, http.ErrServerClosed) {
+			err = errors.Join(err, e)
+		}
+		return err
+	}, nil
 }
 
 func shutDown(server *cri.Server, served <-chan error) error {
