@@ -73,7 +73,9 @@ func loadFile(path string) (*libcni.NetworkConfigList, error) {
 // name is recognised by its "plugins".
 func parseSingle(b []byte) (*libcni.NetworkConfigList, error) {
 	var probe struct {
-		Plugins json.RawMessage `json:"plugins"`
+		CNIVersion string          `json:"cniVersion"`
+		Name       string          `json:"name"`
+		Plugins    json.RawMessage `json:"plugins"`
 	}
 	if err := json.Unmarshal(b, &probe); err != nil {
 		return nil, err
@@ -81,11 +83,11 @@ func parseSingle(b []byte) (*libcni.NetworkConfigList, error) {
 	if probe.Plugins != nil {
 		return libcni.NetworkConfFromBytes(b)
 	}
-	conf, err := libcni.NetworkPluginConfFromBytes(b)
+	list, err := json.Marshal(map[string]any{"cniVersion": probe.CNIVersion, "name": probe.Name, "plugins": []json.RawMessage{b}})
 	if err != nil {
 		return nil, err
 	}
-	return libcni.ConfListFromConf(conf)
+	return libcni.NetworkConfFromBytes(list)
 }
 
 // checkList refuses what must not reach the file system: the network's name

@@ -224,6 +224,7 @@ func (n *Network) assert() {
 		return
 	}
 	n.notReady.Store(nil)
+	n.poke() // fill waits while the node is not ready
 }
 
 // Ready implements cni.Network.

@@ -293,6 +293,7 @@ func podSide(w wiring, rt int) error {
 		m.neighbour(podIfindex, gw.AsSlice(), nodeMAC)
 		m.defaultRoute(podIfindex, gw.AsSlice())
 	}
+	m.settle(podIfindex)
 	return m.send(rt)
 }
 
