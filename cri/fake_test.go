@@ -27,12 +27,14 @@ type fake struct {
 	auth       *imageservice.Auth
 	pullErr    error
 	panicOn    string
-	sizes      []sandbox.TermSize
+	started    sync.WaitGroup // of Exec "size"
 	networkErr error
 }
 
 func newFake() *fake {
-	return &fake{pods: map[string]*sandbox.PodStatus{}, containers: map[string]*sandbox.ContainerStatus{}}
+	f := &fake{pods: map[string]*sandbox.PodStatus{}, containers: map[string]*sandbox.ContainerStatus{}}
+	f.started.Add(1)
+	return f
 }
 
 func (f *fake) RunPod(_ context.Context, c *sandbox.PodConfig) (id.Pod, error) {
@@ -184,6 +186,7 @@ func (f *fake) Exec(ctx context.Context, _ string, cmd []string, s sandbox.Strea
 		fmt.Fprint(s.Stderr, "no")
 		return 7, nil
 	case "size":
+		f.started.Done()
 		select {
 		case size := <-s.Resize:
 			fmt.Fprintf(s.Stdout, "%dx%d", size.Width, size.Height)

@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -24,6 +25,7 @@ type testClient struct {
 	runtimeapi.RuntimeServiceClient
 	runtimeapi.ImageServiceClient
 	conn *grpc.ClientConn
+	stop func()
 }
 
 // serve starts a server over e on a unix socket and returns a client of it.
@@ -45,7 +47,7 @@ func serve(t testing.TB, e *fake) testClient {
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() {
+	stop := sync.OnceFunc(func() {
 		conn.Close()
 		ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
 		defer cancel()
@@ -54,7 +56,8 @@ func serve(t testing.TB, e *fake) testClient {
 			t.Errorf("Serve: %v", err)
 		}
 	})
-	return testClient{runtimeapi.NewRuntimeServiceClient(conn), runtimeapi.NewImageServiceClient(conn), conn}
+	t.Cleanup(stop)
+	return testClient{runtimeapi.NewRuntimeServiceClient(conn), runtimeapi.NewImageServiceClient(conn), conn, stop}
 }
 
 func podConfig(name string) *runtimeapi.PodSandboxConfig {

@@ -217,3 +217,22 @@ func TestPortForwardHalfClose(t *testing.T) {
 		t.Errorf("error stream says %q", b)
 	}
 }
+
+// A session that waits for its client must not hold up the daemon's stop.
+func TestStopEndsSessions(t *testing.T) {
+	f := newFake()
+	c := serve(t, f)
+	url := execURL(t, c, &runtimeapi.ExecRequest{Cmd: []string{"size"}, Stdout: true, Tty: true})
+	ended := make(chan error, 1)
+	go func() {
+		_, err := client.Run(context.Background(), url, client.Streams{Stdout: io.Discard, TTY: true, Resize: make(chan client.Size)})
+		ended <- err
+	}()
+	f.started.Wait()
+	c.stop()
+	select {
+	case <-ended:
+	case <-time.After(3 * time.Second):
+		t.Error("the session goes on")
+	}
+}

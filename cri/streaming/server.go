@@ -12,8 +12,10 @@ import (
 	"net"
 	"net/http"
 	"net/url"
+	"sync"
 	"time"
 
+	"github.com/containerd/errdefs"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 	lib "k8s.io/cri-streaming/pkg/streaming"
 	"k8s.io/cri-streaming/pkg/streaming/remotecommand"
@@ -42,7 +44,7 @@ type Server struct {
 	listener net.Listener
 	lib      lib.Server
 	http     *http.Server
-	cancel   context.CancelFunc
+	adapter  *adapter
 }
 
 // Open listens; Serve must follow.
@@ -57,17 +59,18 @@ func Open(cfg Config, e Engine) (*Server, error) {
 	}
 	c.Addr = l.Addr().String()
 	c.BaseURL = &url.URL{Scheme: "http", Host: c.Addr}
-	ctx, cancel := context.WithCancel(context.Background())
-	s, err := lib.NewServer(c, &adapter{engine: e, ctx: ctx})
+	a := &adapter{engine: e}
+	a.ctx, a.cancel = context.WithCancel(context.Background())
+	s, err := lib.NewServer(c, a)
 	if err != nil {
-		cancel()
+		a.cancel()
 		return nil, errors.Join(err, l.Close())
 	}
 	return &Server{
 		listener: l,
 		lib:      s,
 		http:     &http.Server{Handler: s, ReadHeaderTimeout: time.Minute},
-		cancel:   cancel,
+		adapter:  a,
 	}, nil
 }
 
@@ -82,10 +85,15 @@ func (s *Server) Serve() error {
 	return nil
 }
 
-// Close ends the listener and tells running sessions to end.
+// drainTimeout bounds how long Close waits for sessions.
+const drainTimeout = 5 * time.Second
+
+// Close ends the listener, tells the running sessions to end and waits for them.
 func (s *Server) Close() error {
-	s.cancel()
 	err := s.http.Close()
+	if !s.adapter.close(drainTimeout) {
+		err = errors.Join(err, fmt.Errorf("stream sessions still run %s after they were told to end", drainTimeout))
+	}
 	// Only once Serve ran is the listener the HTTP server's.
 	if e := s.listener.Close(); e != nil && !errors.Is(e, net.ErrClosed) {
 		err = errors.Join(err, e)
@@ -136,10 +144,49 @@ func parseKey(k string) session {
 	return session{id.Container(k[3:]), k[0] == 'i', k[1] == 'o', k[2] == 'e'}
 }
 
-// adapter is the engine in the library's words.
+// adapter is the engine in the library's words. It keeps count of the sessions:
+// the HTTP server forgets connections that were hijacked.
 type adapter struct {
 	engine Engine
 	ctx    context.Context // ends with the server: requests of hijacked connections never end by themselves
+	cancel context.CancelFunc
+
+	mu       sync.Mutex
+	sessions sync.WaitGroup // added to under mu, and not once closed
+	closed   bool
+}
+
+// begin makes a session's context, which ends with the request or the server.
+// The session calls end when it returns.
+func (a *adapter) begin(ctx context.Context) (_ context.Context, end func(), err error) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.closed {
+		return nil, nil, fmt.Errorf("the daemon is stopping: %w", errdefs.ErrUnavailable)
+	}
+	a.sessions.Add(1)
+	ctx, cancel := context.WithCancel(ctx)
+	stop := context.AfterFunc(a.ctx, cancel)
+	return ctx, func() { stop(); cancel(); a.sessions.Done() }, nil
+}
+
+// close ends all sessions and reports whether they did within timeout.
+func (a *adapter) close(timeout time.Duration) bool {
+	a.mu.Lock()
+	a.closed = true
+	a.mu.Unlock()
+	a.cancel()
+	done := make(chan struct{})
+	go func() {
+		a.sessions.Wait()
+		close(done)
+	}()
+	select {
+	case <-done:
+		return true
+	case <-time.After(timeout):
+		return false
+	}
 }
 
 // exitError must itself be what the library looks for (k8s.io/utils/exec.ExitError):
@@ -154,8 +201,11 @@ func (e exitError) ExitStatus() int { return int(e) }
 // Exec runs cmd with the session's streams.
 func (a *adapter) Exec(ctx context.Context, key string, cmd []string, in io.Reader, out, errOut io.WriteCloser, tty bool, resize <-chan remotecommand.TerminalSize) error {
 	s := parseKey(key)
-	ctx, stop := a.context(ctx)
-	defer stop()
+	ctx, end, err := a.begin(ctx)
+	if err != nil {
+		return err
+	}
+	defer end()
 	code, err := a.engine.Exec(ctx, string(s.container), cmd, s.streams(ctx, in, out, errOut, tty, resize))
 	if err == nil && code != 0 {
 		return exitError(code)
@@ -166,23 +216,22 @@ func (a *adapter) Exec(ctx context.Context, key string, cmd []string, in io.Read
 // Attach connects the session's streams to the container's process.
 func (a *adapter) Attach(ctx context.Context, key string, in io.Reader, out, errOut io.WriteCloser, tty bool, resize <-chan remotecommand.TerminalSize) error {
 	s := parseKey(key)
-	ctx, stop := a.context(ctx)
-	defer stop()
+	ctx, end, err := a.begin(ctx)
+	if err != nil {
+		return err
+	}
+	defer end()
 	return a.engine.Attach(ctx, string(s.container), s.streams(ctx, in, out, errOut, tty, resize))
 }
 
 // PortForward connects one stream to one port.
 func (a *adapter) PortForward(ctx context.Context, pod string, port int32, stream io.ReadWriteCloser) error {
-	ctx, stop := a.context(ctx)
-	defer stop()
+	ctx, end, err := a.begin(ctx)
+	if err != nil {
+		return err
+	}
+	defer end()
 	return a.engine.PortForward(ctx, pod, port, stream)
-}
-
-// context ends with the request or with the server.
-func (a *adapter) context(ctx context.Context) (context.Context, func()) {
-	ctx, cancel := context.WithCancel(ctx)
-	stop := context.AfterFunc(a.ctx, cancel)
-	return ctx, func() { stop(); cancel() }
 }
 
 // streams are the wanted streams as the engine takes them. Sizes are read until
