@@ -31,14 +31,12 @@ import (
 	"slices"
 	"sync"
 	"sync/atomic"
-	"time"
 
 	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
 	"k8s.io/klog/v2"
 
 	"github.com/berth-runtime/berth/cni"
-	"github.com/berth-runtime/berth/internal/durable"
 	"github.com/berth-runtime/berth/internal/id"
 	"github.com/berth-runtime/berth/internal/undo"
 )
@@ -71,9 +69,8 @@ var DefaultSubnets = []netip.Prefix{netip.MustParsePrefix("10.164.0.0/16"), neti
 const linkPrefix = "berth"
 
 const (
-	wireThreads   = 4                // namespaces wired at once
-	checkInterval = 15 * time.Second // how soon a vanished table is noticed
-	attempts      = 64               // addresses tried when the kernel says they are in use
+	wireThreads = 4  // namespaces wired at once
+	attempts    = 64 // addresses tried when the kernel says they are in use
 )
 
 // Network implements cni.Network.
@@ -391,149 +388,6 @@ func (n *Network) detach(pod id.Pod) error {
 	}
 	n.forget(r)
 	return nil
-}
-
-// SetPodCIDR makes pods attached from now on take their addresses from cidr:
-// one prefix or an IPv4 and an IPv6 one separated by a comma, primary first.
-// Pods that run keep theirs. An empty cidr changes nothing. The setting
-// survives restarts of the daemon.
-func (n *Network) SetPodCIDR(cidr string) error {
-	if cidr == "" {
-		return nil
-	}
-	prefixes, err := parsePodCIDR(cidr)
-	if err != nil {
-		return err
-	}
-	if _, err := newSubnets(prefixes); err != nil {
-		return err
-	}
-	subnets, err := newSubnets(n.usable(prefixes))
-	if err != nil {
-		return fmt.Errorf("pod_cidr %q: this node has IPv6 switched off: %w", cidr, errdefs.ErrFailedPrecondition)
-	}
-	if err := n.enter(); err != nil {
-		return err
-	}
-	defer n.calls.Done()
-	n.mu.Lock()
-	same := slices.EqualFunc(n.subnets, subnets, func(a, b *subnet) bool { return a.prefix == b.prefix })
-	n.mu.Unlock()
-	if same {
-		return nil
-	}
-	err = n.threads.do(func(th *thread) error {
-		for _, s := range subnets {
-			if err := prepareSubnet(th, s); err != nil {
-				return err
-			}
-		}
-		return nil
-	})
-	if err == nil {
-		err = durable.WriteFile(n.store.podCIDRPath(), []byte(cidr), 0o600, false)
-	}
-	if err != nil {
-		return fmt.Errorf("pod_cidr %q: %w", cidr, err)
-	}
-	n.mu.Lock()
-	for _, r := range n.pods {
-		for _, s := range subnets {
-			for _, ip := range r.IPs {
-				s.claim(ip)
-			}
-		}
-	}
-	old := n.pool
-	n.subnets, n.pool = subnets, nil
-	n.mu.Unlock()
-	n.discard(old)
-	n.poke()
-	return nil
-}
-
-// GC implements cni.Network. live must include pods whose Attach is under way
-// elsewhere; those under way here are safe. Links nobody owns any more are
-// deleted in the background.
-func (n *Network) GC(_ context.Context, live []id.Pod) error {
-	if err := n.enter(); err != nil {
-		return err
-	}
-	defer n.calls.Done()
-	keep := make(map[id.Pod]struct{}, len(live))
-	for _, p := range live {
-		keep[p] = struct{}{}
-	}
-	var dead []id.Pod
-	n.mu.Lock()
-	for p, r := range n.pods {
-		if _, ok := keep[p]; !ok && !r.attaching {
-			dead = append(dead, p)
-		}
-	}
-	n.mu.Unlock()
-	var errs []error
-	for _, p := range dead {
-		errs = append(errs, n.detach(p))
-	}
-	n.owned.Go(n.sweep)
-	return errors.Join(errs...)
-}
-
-// sweep deletes pod links that belong to nobody: those of pods whose daemon
-// died inside Attach, or whose namespace something still holds after Detach.
-func (n *Network) sweep() {
-	err := n.threads.do(func(*thread) error {
-		links, err := podLinks(linkPrefix)
-		if err != nil {
-			return err
-		}
-		for name, l := range links {
-			if !n.reserve(name) {
-				continue
-			}
-			err := deleteLink(l)
-			n.mu.Lock()
-			delete(n.links, name)
-			n.mu.Unlock()
-			if err != nil {
-				return fmt.Errorf("delete link %s: %w", name, err)
-			}
-		}
-		return nil
-	})
-	if err != nil {
-		klog.ErrorS(err, "Network: leaked pod links remain until the next collection")
-	}
-}
-
-// reserve makes the link called name ours unless it has an owner, so that no new
-// pod gets the name while the old link is being deleted.
-func (n *Network) reserve(name string) bool {
-	n.mu.Lock()
-	defer n.mu.Unlock()
-	if _, owned := n.links[name]; owned {
-		return false
-	}
-	n.links[name] = struct{}{}
-	return true
-}
-
-// check puts the table back when another program removed it.
-func (n *Network) check(ctx context.Context) {
-	t := time.NewTicker(checkInterval)
-	defer t.Stop()
-	for {
-		select {
-		case <-ctx.Done():
-			return
-		case <-t.C:
-			if n.Ready() != nil || !n.fw.intact() {
-				klog.InfoS("Network: restoring the nftables table", "table", "inet "+TableName)
-				n.assert()
-			}
-		}
-	}
 }
 
 // Close stops the background work and drops the pool. Attached pods keep their

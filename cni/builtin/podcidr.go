@@ -1,0 +1,69 @@
+package builtin
+
+import (
+	"fmt"
+	"slices"
+
+	"github.com/containerd/errdefs"
+
+	"github.com/berth-runtime/berth/internal/durable"
+)
+
+// SetPodCIDR makes pods attached from now on take their addresses from cidr:
+// one prefix or an IPv4 and an IPv6 one separated by a comma, primary first.
+// Pods that run keep theirs. An empty cidr changes nothing. The setting
+// survives restarts of the daemon.
+func (n *Network) SetPodCIDR(cidr string) error {
+	if cidr == "" {
+		return nil
+	}
+	prefixes, err := parsePodCIDR(cidr)
+	if err != nil {
+		return err
+	}
+	if _, err := newSubnets(prefixes); err != nil {
+		return err
+	}
+	subnets, err := newSubnets(n.usable(prefixes))
+	if err != nil {
+		return fmt.Errorf("pod_cidr %q: this node has IPv6 switched off: %w", cidr, errdefs.ErrFailedPrecondition)
+	}
+	if err := n.enter(); err != nil {
+		return err
+	}
+	defer n.calls.Done()
+	n.mu.Lock()
+	same := slices.EqualFunc(n.subnets, subnets, func(a, b *subnet) bool { return a.prefix == b.prefix })
+	n.mu.Unlock()
+	if same {
+		return nil
+	}
+	err = n.threads.do(func(th *thread) error {
+		for _, s := range subnets {
+			if err := prepareSubnet(th, s); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	if err == nil {
+		err = durable.WriteFile(n.store.podCIDRPath(), []byte(cidr), 0o600, false)
+	}
+	if err != nil {
+		return fmt.Errorf("pod_cidr %q: %w", cidr, err)
+	}
+	n.mu.Lock()
+	for _, r := range n.pods {
+		for _, s := range subnets {
+			for _, ip := range r.IPs {
+				s.claim(ip)
+			}
+		}
+	}
+	old := n.pool
+	n.subnets, n.pool = subnets, nil
+	n.mu.Unlock()
+	n.discard(old)
+	n.poke()
+	return nil
+}
