@@ -256,13 +256,19 @@ func TestPull(t *testing.T) {
 }
 
 func TestPullFaults(t *testing.T) {
+	l := compressed(t, "gzip", tarOf(t, map[string]string{"f": strings.Repeat("content ", 1000)}))
+	digest, err := l.Digest()
+	if err != nil {
+		t.Fatal(err)
+	}
+	isLayer := func(r *http.Request) bool { return isBlob(r) && strings.Contains(r.URL.Path, digest.Hex) }
 	text := func(code int) func(http.ResponseWriter, *http.Request) bool {
 		return func(w http.ResponseWriter, r *http.Request) bool { w.WriteHeader(code); return true }
 	}
 	blobBytes := func(change func([]byte) []byte) func(h *hub) func(http.ResponseWriter, *http.Request) bool {
 		return func(h *hub) func(http.ResponseWriter, *http.Request) bool {
 			return func(w http.ResponseWriter, r *http.Request) bool {
-				if !isBlob(r) {
+				if !isLayer(r) {
 					return false
 				}
 				rec := httptest.NewRecorder()
@@ -292,7 +298,7 @@ func TestPullFaults(t *testing.T) {
 		}, errdefs.IsUnavailable},
 		{"hang in the body", func(*hub) func(http.ResponseWriter, *http.Request) bool {
 			return func(w http.ResponseWriter, r *http.Request) bool {
-				if !isBlob(r) {
+				if !isLayer(r) {
 					return false
 				}
 				w.WriteHeader(200)
@@ -307,7 +313,7 @@ func TestPullFaults(t *testing.T) {
 			root := t.TempDir()
 			s := newService(t, root)
 			ref := h.host() + "/x:v1"
-			push(t, ref, imageOf(t, compressed(t, "gzip", tarOf(t, map[string]string{"f": strings.Repeat("content ", 1000)}))))
+			push(t, ref, imageOf(t, l))
 			h.inject(tt.fault(h))
 			_, err := s.Pull(t.Context(), PullRequest{Ref: ref})
 			t.Log(err)

@@ -276,25 +276,23 @@ func (u *unpacker) remove(d *dir, name string) error {
 	}
 	if c := d.children[name]; c != nil {
 		u.forget(c)
-	} else if d.alias {
-		// A cached directory may be meant by another name: open all of them anew.
-		u.reopen(u.root)
 	}
 	pfd, err := u.fdOf(d)
 	if err != nil {
 		return err
 	}
-	return u.removeAt(pfd, name)
-}
-
-// reopen closes the cached descriptors below d; the nodes stay.
-func (u *unpacker) reopen(d *dir) {
-	for _, c := range d.children {
-		u.reopen(c)
-		if c.fd >= 0 {
-			u.shut(c)
+	if d.alias {
+		// It may be cached by its other name, and finding that out would cost a walk
+		// of the cache for each such entry.
+		var st unix.Stat_t
+		if err := unix.Fstatat(pfd, name, &st, unix.AT_SYMLINK_NOFOLLOW); err != nil {
+			return err
+		}
+		if st.Mode&unix.S_IFMT == unix.S_IFDIR {
+			return fmt.Errorf("directory replaced through a link: %w", errdefs.ErrInvalidArgument)
 		}
 	}
+	return u.removeAt(pfd, name)
 }
 
 // removeAt deletes depth first. The depth is bounded by the path length that an
