@@ -54,6 +54,9 @@ func toStatus(err error) error {
 	return status.Error(codes.Unknown, err.Error())
 }
 
+// Message is the text that a client gets for err.
+func Message(err error) string { return status.Convert(toStatus(err)).Message() }
+
 // text is the error's text without the kind at its end, which the code says
 // already: kubelets put the text into events and conditions.
 func text(err, kind error) string {

@@ -9,6 +9,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/berth-runtime/berth/cri"
 	"github.com/berth-runtime/berth/imageservice"
 	"github.com/berth-runtime/berth/internal/pullapi"
 )
@@ -44,7 +45,7 @@ func servePull(w http.ResponseWriter, r *http.Request, p Puller) {
 	sending.Wait()
 	last := pullapi.Message{}
 	if err != nil {
-		last.Error = err.Error()
+		last.Error = cri.Message(err)
 	} else {
 		last.Image = img.ID.String()
 	}
