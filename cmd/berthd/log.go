@@ -29,8 +29,21 @@ func setUpLog(w io.Writer, level string) error {
 	if err := fs.Set("v", l.verbosity); err != nil {
 		return err
 	}
-	h := slog.NewTextHandler(w, &slog.HandlerOptions{Level: l.level})
+	h := slog.NewTextHandler(w, &slog.HandlerOptions{Level: l.level, ReplaceAttr: nameLevel})
 	slog.SetDefault(slog.New(h))
 	klog.SetSlogLogger(slog.New(h))
 	return nil
+}
+
+// nameLevel writes klog's verbosities, which slog shows as DEBUG+2, by the names
+// of log_level.
+func nameLevel(groups []string, a slog.Attr) slog.Attr {
+	level, ok := a.Value.Any().(slog.Level)
+	if len(groups) > 0 || a.Key != slog.LevelKey || !ok || level >= slog.LevelInfo {
+		return a
+	}
+	if level >= slog.LevelDebug {
+		return slog.String(slog.LevelKey, "DEBUG")
+	}
+	return slog.String(slog.LevelKey, "TRACE")
 }
