@@ -51,3 +51,8 @@ func BenchmarkAttachColdIdle(b *testing.B) { benchmark(b, -1, 60*time.Millisecon
 func BenchmarkAttachPoolHostPort(b *testing.B) {
 	benchmark(b, 8, 0, cni.PortMapping{ContainerPort: 80, HostPort: 8080})
 }
+
+// A UDP port makes the background search conntrack, which competes here.
+func BenchmarkAttachPoolHostPortUDP(b *testing.B) {
+	benchmark(b, 8, 0, cni.PortMapping{Protocol: cni.UDP, ContainerPort: 53, HostPort: 8053})
+}

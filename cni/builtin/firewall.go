@@ -400,8 +400,9 @@ func (u udpFlows) MatchConntrackFlow(flow *netlink.ConntrackFlow) bool {
 
 // forgetUDP deletes the conntrack entries of the UDP ports among ms: a client
 // that keeps sending would otherwise go on reaching the port's last owner (or
-// nobody), because an entry decides before the table does.
-func forgetUDP(th *thread, ms []mapping) error {
+// nobody), because an entry decides before the table does. It runs on a thread in
+// the host namespace.
+func forgetUDP(ms []mapping) error {
 	byFamily := map[netlink.InetFamily]udpFlows{}
 	for _, m := range ms {
 		if m.Proto == unix.IPPROTO_UDP {
@@ -411,7 +412,6 @@ func forgetUDP(th *thread, ms []mapping) error {
 	}
 	var errs []error
 	for fam, flows := range byFamily {
-		// The thread's own namespace is the host's.
 		if _, err := netlink.ConntrackDeleteFilters(netlink.ConntrackTable, fam, flows); err != nil {
 			errs = append(errs, fmt.Errorf("conntrack: forget UDP flows: %w", err))
 		}

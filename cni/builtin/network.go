@@ -90,7 +90,9 @@ type Network struct {
 	pool    []*ready            // guarded by mu; newest last
 	closed  bool                // guarded by mu
 	calls   sync.WaitGroup      // Attach, Detach, GC under way
+	stale   []mapping           // guarded by mu; UDP ports whose flows must be forgotten
 	wake    chan struct{}       // tells fill that the pool shrank
+	flush   chan struct{}       // tells forgetFlows of stale
 	stop    context.CancelFunc
 	owned   sync.WaitGroup // fill, check and the sweep of links
 }
@@ -129,7 +131,7 @@ func Open(ctx context.Context, cfg Config) (*Network, error) {
 	}
 	n := &Network{
 		cfg: cfg, threads: th, store: st, fw: newFirewall(cfg.NetNS, linkPrefix, cfg.Unmasked),
-		pods: map[id.Pod]*record{}, links: map[string]struct{}{}, ports: claims{}, wake: make(chan struct{}, 1),
+		pods: map[id.Pod]*record{}, links: map[string]struct{}{}, ports: claims{}, wake: make(chan struct{}, 1), flush: make(chan struct{}, 1),
 	}
 	if err := n.restore(); err != nil {
 		th.close()
@@ -139,6 +141,7 @@ func Open(ctx context.Context, cfg Config) (*Network, error) {
 	n.stop = stop
 	n.owned.Go(func() { n.fill(run) })
 	n.owned.Go(func() { n.check(run) })
+	n.owned.Go(func() { n.forgetFlows(run) })
 	return n, nil
 }
 
@@ -328,15 +331,8 @@ func (n *Network) bind(r *record, w *ready, p cni.Pod, u *undo.Stack) error {
 		return fmt.Errorf("publish ports: %w", err)
 	}
 	u.Push(func() error { return n.fw.del(r.Ports) })
-	return n.forgetUDP(r.Ports)
-}
-
-// forgetUDP drops stale conntrack entries of the UDP ports among ms.
-func (n *Network) forgetUDP(ms []mapping) error {
-	if !slices.ContainsFunc(ms, func(m mapping) bool { return m.Proto == unix.IPPROTO_UDP }) {
-		return nil
-	}
-	return n.threads.do(func(th *thread) error { return forgetUDP(th, ms) })
+	n.forgetUDP(r.Ports)
+	return nil
 }
 
 // forget drops everything the memory holds for r.
@@ -379,9 +375,7 @@ func (n *Network) detach(pod id.Pod) error {
 		if err := n.fw.del(r.Ports); err != nil {
 			return fmt.Errorf("detach pod %s: %w", id.Short(pod), err)
 		}
-		if err := n.forgetUDP(r.Ports); err != nil {
-			return fmt.Errorf("detach pod %s: %w", id.Short(pod), err)
-		}
+		n.forgetUDP(r.Ports)
 	}
 	if err := n.store.remove(pod); err != nil {
 		return err
