@@ -44,7 +44,7 @@ func runCommand() *cobra.Command {
 				return err
 			}
 			if s.Linux != nil && s.Linux.CgroupsPath == "" {
-				s.Linux.CgroupsPath = "/berth-oci/" + args[0]
+				s.Linux.CgroupsPath = "/" + args[0] // removed whole at the end, as there is no parent of ours
 			}
 			return run(cmd.Context(), id.Container(args[0]), s)
 		},

@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -330,3 +331,5 @@ func value(t testing.TB, out, key string) string {
 	t.Fatalf("no %q in output:\n%s", key, out)
 	return ""
 }
+func ptr[T any](v T) *T { return &v }
+func itoa(n int) string { return strconv.Itoa(n) }

@@ -81,6 +81,9 @@ func (r *Runtime) plan(req oci.CreateRequest) (*plan, error) {
 		if err := checkProcess(s.Process, !req.PodInit); err != nil {
 			return nil, err
 		}
+		if _, _, err := capsOf(s.Process.Capabilities, r.caps); err != nil {
+			return nil, err
+		}
 	}
 	for i, m := range s.Mounts {
 		pm, err := parseMount(fmt.Sprintf("mounts[%d]", i), m)

@@ -61,8 +61,8 @@ func act(verb, x string) string {
 		var names []string
 		for _, e := range d {
 			l, err := os.Readlink("/proc/self/fd/" + e.Name())
-			if err != nil || strings.HasPrefix(l, "anon_inode:[event") || strings.HasPrefix(l, "/proc/") {
-				continue // the Go runtime's poller and the directory being read
+			if err != nil || strings.HasPrefix(l, "anon_inode:[event") || strings.HasPrefix(l, "/proc/") || strings.HasPrefix(l, "/sys/fs/cgroup/cpu/cpu.cfs") || strings.HasSuffix(l, "/cpu.max") {
+				continue // the Go runtime's own, and the directory being read
 			}
 			if n, _ := strconv.Atoi(e.Name()); n > 2 {
 				names = append(names, e.Name()+"="+l)
@@ -127,7 +127,7 @@ func act(verb, x string) string {
 		n, _ := strconv.Atoi(x)
 		var l unix.Rlimit
 		err := unix.Prlimit(0, n, nil, &l)
-		return text(fmt.Sprintf("%d %d", l.Cur, l.Max), err)
+		return text(strconv.FormatUint(l.Max, 10), err)
 	case "winsize":
 		ws, err := unix.IoctlGetWinsize(0, unix.TIOCGWINSZ)
 		if err != nil {

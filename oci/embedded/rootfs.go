@@ -4,7 +4,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"runtime"
 	"strings"
 
 	"github.com/containerd/errdefs"
@@ -96,60 +95,58 @@ func cloneRoot(field, path string, set uint64) (*os.File, error) {
 // takes one page of options, so every layer is named by a descriptor. The mount
 // is made in a copy of the mount namespace that dies with its thread, and
 // cloned out of it.
-func overlayByMount(r oci.Rootfs) (*os.File, error) {
-	var files []*os.File
-	defer func() {
-		for _, f := range files {
-			f.Close()
-		}
-	}()
-	name := func(p string) (string, error) {
-		f, err := os.OpenFile(p, unix.O_PATH|unix.O_DIRECTORY, 0)
-		if err != nil {
-			return "", err
-		}
-		files = append(files, f)
-		return fmt.Sprintf("/proc/self/fd/%d", f.Fd()), nil
-	}
-	var lowers []string
-	for _, l := range r.Lowers {
-		n, err := name(l)
-		if err != nil {
-			return nil, err
-		}
-		lowers = append(lowers, n)
-	}
-	opts := "lowerdir=" + strings.Join(lowers, ":")
-	if r.Upper != "" {
-		upper, err1 := name(r.Upper)
-		work, err2 := name(r.Work)
-		if err := errors.Join(err1, err2); err != nil {
-			return nil, err
-		}
-		opts += ",upperdir=" + upper + ",workdir=" + work
-		if r.Volatile {
-			opts += ",volatile"
-		}
-	}
-	if len(opts) >= os.Getpagesize() {
-		return nil, invalid("rootfs.lowers: %d layers are more than this kernel takes", len(r.Lowers))
-	}
-	var m *os.File
-	err := kernel.OnThread(func() error {
+func overlayByMount(r oci.Rootfs) (m *os.File, err error) {
+	err = kernel.OnThread(func() error {
 		if err := unix.Unshare(unix.CLONE_NEWNS | unix.CLONE_FS); err != nil {
 			return fmt.Errorf("unshare: %w", err)
 		}
 		if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
 			return fmt.Errorf("make mounts private: %w", err)
 		}
+		// Opened here: overlayfs takes only layers of the current mount namespace.
+		opts, files, err := overlayOptions(r)
+		defer func() {
+			for _, f := range files {
+				f.Close()
+			}
+		}()
+		if err != nil {
+			return err
+		}
 		// Any directory serves; /sys is not needed by this thread.
 		if err := unix.Mount("overlay", "/sys", "overlay", 0, opts); err != nil {
 			return fmt.Errorf("mount overlay: %w", err)
 		}
-		var err error
 		m, err = kernel.CloneTree(unix.AT_FDCWD, "/sys", false)
 		return err
 	})
-	runtime.KeepAlive(files)
 	return m, err
+}
+
+// overlayOptions names every directory by a descriptor, to fit one page.
+func overlayOptions(r oci.Rootfs) (opts string, files []*os.File, err error) {
+	name := func(p string) string {
+		f, oerr := os.OpenFile(p, unix.O_PATH|unix.O_DIRECTORY, 0)
+		if oerr != nil {
+			err = errors.Join(err, oerr)
+			return ""
+		}
+		files = append(files, f)
+		return fmt.Sprintf("/proc/self/fd/%d", f.Fd())
+	}
+	var lowers []string
+	for _, l := range r.Lowers {
+		lowers = append(lowers, name(l))
+	}
+	opts = "lowerdir=" + strings.Join(lowers, ":")
+	if r.Upper != "" {
+		opts += ",upperdir=" + name(r.Upper) + ",workdir=" + name(r.Work)
+		if r.Volatile {
+			opts += ",volatile"
+		}
+	}
+	if err == nil && len(opts) >= os.Getpagesize() {
+		err = invalid("rootfs.lowers: %d layers are more than this kernel takes", len(r.Lowers))
+	}
+	return opts, files, err
 }

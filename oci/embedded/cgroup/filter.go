@@ -27,6 +27,7 @@ const (
 	rshImm = 0x77
 	jneImm = 0x55
 	jneReg = 0x5d
+	jeqImm = 0x15
 	exit   = 0x95
 )
 
@@ -59,7 +60,7 @@ func deviceProgram(rs []rule) []insn {
 			block = append(block, insn{movReg, r3<<4 | r6, 0, 0}, insn{andImm, r6, 0, a}, insn{jneReg, r3<<4 | r6, 0, 0})
 		} else if !r.allow && a != 7 {
 			// Some denied bit is asked for unless access & a == 0.
-			block = append(block, insn{movReg, r3<<4 | r6, 0, 0}, insn{andImm, r6, 0, a}, insn{0x15, r6, 0, 0})
+			block = append(block, insn{movReg, r3<<4 | r6, 0, 0}, insn{andImm, r6, 0, a}, insn{jeqImm, r6, 0, 0})
 		}
 		if r.major >= 0 {
 			block = append(block, insn{jneImm, r4, 0, int32(r.major)})
@@ -69,7 +70,7 @@ func deviceProgram(rs []rule) []insn {
 		}
 		block = append(block, verdict(r.allow)...)
 		for i := range block { // every jump leads behind the block
-			if c := block[i].code; c == jneImm || c == jneReg || c == 0x15 {
+			if c := block[i].code; c == jneImm || c == jneReg || c == jeqImm {
 				block[i].off = int16(len(block) - i - 1)
 			}
 		}
