@@ -23,23 +23,30 @@ const minProgress = 4 << 10
 // errIdle ends a body that brings nothing.
 var errIdle = errors.New("no data within the idle timeout")
 
-// idleReader cancels a request whose body has stalled.
+// idleReader cancels a request whose body has stalled. Only the time spent
+// waiting for the network counts: a consumer that is busy does not read.
 type idleReader struct {
 	r      io.Reader
 	t      *time.Timer
 	d      time.Duration
+	left   time.Duration // of d, since the last progress
 	credit int
 }
 
 func newIdleReader(r io.Reader, d time.Duration, cancel context.CancelCauseFunc) *idleReader {
-	return &idleReader{r: r, d: d, t: time.AfterFunc(d, func() { cancel(errIdle) })}
+	i := &idleReader{r: r, d: d, left: d, t: time.AfterFunc(d, func() { cancel(errIdle) })}
+	i.t.Stop()
+	return i
 }
 
 func (i *idleReader) Read(p []byte) (int, error) {
+	start := time.Now()
+	i.t.Reset(i.left)
 	n, err := i.r.Read(p)
+	i.t.Stop()
+	i.left = max(i.left-time.Since(start), 1)
 	if i.credit += n; i.credit >= minProgress {
-		i.credit = 0
-		i.t.Reset(i.d)
+		i.credit, i.left = 0, i.d
 	}
 	return n, err
 }
