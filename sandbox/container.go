@@ -1,0 +1,164 @@
+package sandbox
+
+import (
+	"encoding/json"
+	"fmt"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/containerd/errdefs"
+	specs "github.com/opencontainers/runtime-spec/specs-go"
+
+	"github.com/berth-runtime/berth/internal/id"
+	"github.com/berth-runtime/berth/sandbox/lifecycle"
+)
+
+// container is a container of a pod.
+type container struct {
+	id      id.Container
+	pod     *pod
+	created int64 // nanoseconds; immutable
+	slot    slot
+	status  atomic.Pointer[ContainerStatus] // nil until it is listed
+	exited  chan struct{}                   // closed when its end is visible
+	ending  ending                          // how it is being stopped
+
+	mu  sync.Mutex
+	rec containerRecord // guarded by mu
+}
+
+// containerRecord is the journal's view of a container.
+type containerRecord struct {
+	ID         id.Container     `json:"id"`
+	Pod        id.Pod           `json:"pod"`
+	BootID     string           `json:"bootID"`
+	State      lifecycle.State  `json:"state"`
+	Config     *ContainerConfig `json:"config"`
+	CreatedAt  time.Time        `json:"createdAt"`
+	StartedAt  time.Time        `json:"startedAt,omitzero"`
+	FinishedAt time.Time        `json:"finishedAt,omitzero"`
+	ExitCode   int32            `json:"exitCode,omitempty"`
+	Reason     string           `json:"reason,omitempty"`
+	Message    string           `json:"message,omitempty"`
+	ImageID    string           `json:"imageID"`
+	ImageName  string           `json:"imageName,omitempty"`
+	LogPath    string           `json:"logPath,omitempty"`
+	Resources  Resources        `json:"resources,omitzero"`
+	Identity   Identity         `json:"identity"`
+	StopSignal string           `json:"stopSignal"`
+	Pid        int              `json:"pid,omitempty"`
+	Cgroup     string           `json:"cgroup"`
+	Process    *specs.Process   `json:"process"` // what an exec inherits
+}
+
+// Reasons that the field gives for an end (and the kubelet reads).
+const (
+	reasonCompleted  = "Completed"
+	reasonError      = "Error"
+	reasonOOMKilled  = "OOMKilled"
+	reasonStartError = "StartError"
+	reasonUnknown    = "Unknown"
+)
+
+func (r *containerRecord) status() *ContainerStatus {
+	s := &ContainerStatus{
+		ID: r.ID, Pod: r.Pod, Config: r.Config, CreatedAt: r.CreatedAt, StartedAt: r.StartedAt, FinishedAt: r.FinishedAt,
+		ExitCode: r.ExitCode, Reason: r.Reason, Message: r.Message, ImageID: r.ImageID, ImageRef: r.ImageID, ImageName: r.ImageName,
+		LogPath: r.LogPath, Resources: r.Resources, Identity: r.Identity, StopSignal: r.StopSignal, CgroupDir: r.Cgroup,
+	}
+	switch r.State {
+	case lifecycle.Creating, lifecycle.Created, lifecycle.Starting:
+		s.State = ContainerCreated
+	case lifecycle.Running:
+		s.State, s.Pid = ContainerRunning, r.Pid
+	default:
+		s.State = ContainerExited
+	}
+	return s
+}
+
+// stepContainer moves the container by an event: change edits the record on the way.
+func (e *Engine) stepContainer(c *container, ev lifecycle.Event, change func(*containerRecord)) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return e.stepContainerLocked(c, ev, change)
+}
+
+func (e *Engine) stepContainerLocked(c *container, ev lifecycle.Event, change func(*containerRecord)) error {
+	next, effects, err := lifecycle.StepContainer(c.rec.State, ev)
+	if err != nil {
+		return fmt.Errorf("container %s: is %s: %w", id.Short(c.id), word(c.rec.State), errdefs.ErrFailedPrecondition)
+	}
+	rec := c.rec
+	rec.State = next
+	if change != nil && len(effects) > 0 {
+		change(&rec)
+	}
+	for _, f := range effects {
+		switch f {
+		case lifecycle.Journal:
+			if err := e.ctrBook.Write(string(c.id), &rec); err != nil {
+				if !stays(ev) {
+					return err
+				}
+				tell(err, "Container record is not written", "container", c.id)
+			}
+		case lifecycle.Publish:
+			c.status.Store(rec.status())
+		case lifecycle.Forget:
+			if err := e.ctrBook.Remove(string(c.id)); err != nil {
+				return err
+			}
+			c.status.Store(nil)
+			e.dropContainer(c)
+		}
+	}
+	was := c.rec.State
+	c.rec = rec
+	if next == lifecycle.Exited && was != lifecycle.Exited {
+		close(c.exited)
+	}
+	return nil
+}
+
+// word is the state as a caller knows it.
+func word(s lifecycle.State) string {
+	switch s {
+	case lifecycle.Running, lifecycle.Starting:
+		return "running"
+	case lifecycle.Created, lifecycle.Creating:
+		return "created and not running"
+	}
+	return "not running any more"
+}
+
+func (c *container) record() containerRecord {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.rec
+}
+
+// running returns the record of a running container, else FailedPrecondition.
+func (e *Engine) running(ref string) (*container, containerRecord, error) {
+	c, err := e.findContainer(ref)
+	if err != nil {
+		return nil, containerRecord{}, err
+	}
+	rec := c.record()
+	if rec.State != lifecycle.Running {
+		return nil, rec, fmt.Errorf("container %s: is %s; only a running one can do this: %w", id.Short(c.id), word(rec.State), errdefs.ErrFailedPrecondition)
+	}
+	return c, rec, nil
+}
+
+func decodeContainer(body []byte) (containerRecord, error) {
+	var r containerRecord
+	if err := json.Unmarshal(body, &r); err != nil {
+		return r, err
+	}
+	if r.Config == nil || r.ID == "" || r.Pod == "" {
+		return r, fmt.Errorf("container record without id, pod or config: %w", errdefs.ErrDataLoss)
+	}
+	return r, nil
+}

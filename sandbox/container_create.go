@@ -1,0 +1,317 @@
+package sandbox
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+
+	"github.com/containerd/errdefs"
+	specs "github.com/opencontainers/runtime-spec/specs-go"
+	"golang.org/x/sys/unix"
+
+	"github.com/berth-runtime/berth/imageservice"
+	"github.com/berth-runtime/berth/internal/id"
+	"github.com/berth-runtime/berth/internal/kernel"
+	"github.com/berth-runtime/berth/oci"
+	"github.com/berth-runtime/berth/oci/supervisor/wire"
+	"github.com/berth-runtime/berth/sandbox/identity"
+	"github.com/berth-runtime/berth/sandbox/lifecycle"
+	"github.com/berth-runtime/berth/sandbox/spec"
+)
+
+// CreateContainer makes a container in a ready pod sandbox; no program runs. A
+// call with the identity of an existing container returns that one's id.
+func (e *Engine) CreateContainer(ctx context.Context, podRef string, c *ContainerConfig) (id.Container, error) {
+	p, err := e.findPod(podRef)
+	if err != nil {
+		return "", err
+	}
+	if c.Meta.Name == "" {
+		return "", fmt.Errorf("config.metadata.name: must be set: %w", errdefs.ErrInvalidArgument)
+	}
+	key := fmt.Sprintf("create container %s (attempt %d) in pod sandbox %s", c.Meta.Name, c.Meta.Attempt, id.Short(p.id))
+	v, err := e.do(ctx, key, func(ctx context.Context) (any, error) {
+		for _, other := range e.containersOf(p) {
+			if s := other.status.Load(); s != nil && s.Config.Meta == c.Meta {
+				return other.id, nil
+			}
+		}
+		return e.createContainer(ctx, p, c)
+	})
+	if err != nil {
+		return "", err
+	}
+	return v.(id.Container), nil
+}
+
+func (e *Engine) createContainer(ctx context.Context, p *pod, cfg *ContainerConfig) (id.Container, error) {
+	prec := p.record()
+	if prec.State != lifecycle.Ready {
+		return "", fmt.Errorf("pod sandbox %s: is not ready; run a new one: %w", id.Short(p.id), errdefs.ErrFailedPrecondition)
+	}
+	at := e.created()
+	c := &container{id: id.NewContainer(), pod: p, created: at.UnixNano(), slot: newSlot(), exited: make(chan struct{})}
+	b := &containerBuild{e: e, p: p, c: c, pod: prec, config: cfg}
+	if err := b.check(); err != nil {
+		return "", err
+	}
+	img, err := e.cfg.Images.Acquire(cfg.Image.Image, string(c.id))
+	if err != nil {
+		return "", fmt.Errorf("config.image: %w", err)
+	}
+	b.image = img
+	if err := b.describe(); err != nil {
+		e.cfg.Images.Release(string(c.id))
+		return "", err
+	}
+	c.rec.CreatedAt = at
+	release, err := c.slot.take(ctx)
+	if err != nil {
+		e.cfg.Images.Release(string(c.id))
+		return "", err
+	}
+	defer release()
+	if err := e.stepContainer(c, lifecycle.Ask, nil); err != nil {
+		e.cfg.Images.Release(string(c.id))
+		return "", err
+	}
+	e.insertContainer(c)
+	undone, err := e.run(ctx, "create container", []step{
+		{name: "folders", do: b.folders, undo: func(context.Context) error { return e.removeLayer(c.id) }, partial: true},
+		{name: "create", do: b.create, undo: func(ctx context.Context) error { return e.cfg.Runtime.Delete(ctx, c.id) }, partial: true},
+		{name: "created", do: b.created},
+	})
+	if err == nil {
+		return c.id, nil
+	}
+	e.cfg.Images.Release(string(c.id))
+	err = fmt.Errorf("container %s: %w", cfg.Meta.Name, err)
+	return "", errors.Join(err, undone, e.stepContainer(c, lifecycle.Failed, nil))
+}
+
+// containerBuild is a container being made.
+type containerBuild struct {
+	e      *Engine
+	p      *pod
+	c      *container
+	pod    podRecord
+	config *ContainerConfig
+	image  *imageservice.Image
+	spec   *specs.Spec
+	join   id.Container // whose PID namespace is joined
+}
+
+func (b *containerBuild) check() error {
+	cfg := b.config
+	bad := func(format string, args ...any) error {
+		return fmt.Errorf(format+": %w", append(args, errdefs.ErrInvalidArgument)...)
+	}
+	if cfg.LogPath != "" && b.pod.Config.LogDirectory != "" {
+		if rel := filepath.Clean(cfg.LogPath); filepath.IsAbs(rel) || rel == ".." || strings.HasPrefix(rel, "../") {
+			return bad("config.log_path %q: leads out of the pod's log directory", cfg.LogPath)
+		}
+	}
+	for i, m := range cfg.Mounts {
+		if m.Image != "" {
+			return bad("config.mounts[%d].image: image volumes are not offered by this version; mount a host_path", i)
+		}
+	}
+	ns := cfg.Security.Namespaces
+	switch ns.PID {
+	case NamespacePod:
+		// A container that asks for the pod's PID namespace in a pod without one gets
+		// its own: older kubelets leave the field empty.
+		if b.pod.Init != "" {
+			b.join = b.pod.Init
+		}
+	case NamespaceTarget:
+		t, err := b.e.findContainer(string(ns.TargetID))
+		if err != nil || t.pod != b.p {
+			return bad("namespace_options.target_id %q: no such target container in this pod sandbox", ns.TargetID)
+		}
+		rec := t.record()
+		if rec.State != lifecycle.Running {
+			return bad("namespace_options.target_id %q: the target container is not running", ns.TargetID)
+		}
+		if rec.Config.Security.Namespaces.PID != NamespaceContainer {
+			return bad("namespace_options.target_id %q: the target container has no PID namespace of its own", ns.TargetID)
+		}
+		b.join = t.id
+	}
+	_, err := signalOf(cfg.StopSignal)
+	if err != nil {
+		return fmt.Errorf("config.stop_signal: %w", err)
+	}
+	return nil
+}
+
+// describe builds spec and record; it makes nothing.
+func (b *containerBuild) describe() error {
+	e, cfg, pc := b.e, b.config, b.pod.Config
+	who, home, err := identity.Resolve(b.image.Layers, b.image.Config.Config.User, cfg.Security)
+	if err != nil {
+		return err
+	}
+	ns := cfg.Security.Namespaces
+	if ns.PID == NamespacePod && b.join == "" {
+		ns.PID = NamespaceContainer
+		if pc.Namespaces.PID == NamespaceNode {
+			ns.PID = NamespaceNode
+		}
+	}
+	in := spec.Input{
+		ID: b.c.id, PodID: b.p.id, Pod: pc, Container: cfg, Image: b.image.Config.Config, Identity: who, Home: home,
+		Namespaces: ns, CgroupPath: b.pod.containerIn(b.c.id), Hostname: pc.Hostname,
+		Shm: "fd:shm", Policy: e.cfg.Policy, Host: e.cfg.Host,
+	}
+	dir := e.podDir(b.p.id)
+	in.HostsPath, in.HostnamePath, in.ResolvConfPath = filepath.Join(dir, "hosts"), filepath.Join(dir, "hostname"), filepath.Join(dir, "resolv.conf")
+	if b.spec, err = spec.Build(in); err != nil {
+		return err
+	}
+	if len(cfg.CDIDevices) > 0 {
+		if err := spec.InjectCDI(b.spec, cfg.CDIDevices); err != nil {
+			return err
+		}
+	}
+	stop := cfg.StopSignal
+	if stop == "" {
+		stop = b.image.Config.Config.StopSignal
+	}
+	if _, err := signalOf(stop); err != nil {
+		stop = "" // an image's nonsense is no reason not to run it
+	}
+	if stop == "" {
+		stop = "SIGTERM"
+	}
+	process := *b.spec.Process
+	process.Args, process.Terminal, process.ConsoleSize = nil, false, nil
+	b.c.rec = containerRecord{
+		ID: b.c.id, Pod: b.p.id, BootID: e.bootID, Config: cfg, ImageID: string(b.image.ID), ImageName: imageName(b.image),
+		Resources: cfg.Resources, Identity: who, StopSignal: canonicalSignal(stop), Cgroup: in.CgroupPath, Process: &process,
+	}
+	if pc.LogDirectory != "" && cfg.LogPath != "" {
+		b.c.rec.LogPath = filepath.Join(pc.LogDirectory, cfg.LogPath)
+	}
+	return nil
+}
+
+func imageName(i *imageservice.Image) string {
+	switch {
+	case len(i.Tags) > 0:
+		return i.Tags[0]
+	case len(i.Digests) > 0:
+		return i.Digests[0]
+	}
+	return string(i.ID)
+}
+
+func (b *containerBuild) folders(context.Context) error {
+	dir := b.e.containerDir(b.c.id)
+	for _, d := range []string{dir, filepath.Join(dir, "upper"), filepath.Join(dir, "work")} {
+		mode := os.FileMode(0o755) // the upper's mode is the mode of the container's "/"
+		if d == dir {
+			mode = 0o710
+		}
+		if err := os.Mkdir(d, mode); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (b *containerBuild) create(ctx context.Context) error {
+	dir := b.e.containerDir(b.c.id)
+	r := wire.Create{
+		ID: b.c.id, Handler: b.pod.Config.Handler, Spec: b.spec, JoinPID: b.join,
+		Rootfs:     oci.Rootfs{Lowers: b.image.Layers, Upper: filepath.Join(dir, "upper"), Work: filepath.Join(dir, "work"), Volatile: true},
+		Namespaces: map[specs.LinuxNamespaceType]string{},
+		Stdin:      b.config.Stdin, StdinOnce: b.config.StdinOnce,
+	}
+	if b.pod.Config.Namespaces.Network != NamespaceNode {
+		r.Namespaces[specs.NetworkNamespace] = fdKey(b.p.id, string(kernel.NetNS))
+		r.Namespaces[specs.UTSNamespace] = fdKey(b.p.id, string(kernel.UTSNS))
+	}
+	if b.pod.Config.Namespaces.IPC != NamespaceNode {
+		r.Namespaces[specs.IPCNamespace] = fdKey(b.p.id, string(kernel.IPCNS))
+		r.Mounts = map[string]string{"shm": fdKey(b.p.id, "shm")}
+	}
+	return b.e.cfg.Runtime.Create(ctx, r)
+}
+
+func (b *containerBuild) created(context.Context) error {
+	// The pod may have been stopped meanwhile: its containers must not outlive it.
+	if s := b.p.record().State; s != lifecycle.Ready {
+		return fmt.Errorf("pod sandbox %s: was stopped meanwhile: %w", id.Short(b.p.id), errdefs.ErrFailedPrecondition)
+	}
+	return b.e.stepContainer(b.c, lifecycle.Made, nil)
+}
+
+// removeLayer removes a container's writable layer.
+func (e *Engine) removeLayer(c id.Container) error {
+	e.usage.forget(c)
+	return os.RemoveAll(e.containerDir(c))
+}
+
+// signalOf parses "SIGTERM", "TERM", "15", "SIGRTMIN+3" or "SIGRTMAX-1"; "" is
+// SIGTERM. SIGRTMIN is 34, as C libraries leave it to programs.
+func signalOf(name string) (unix.Signal, error) {
+	const rtmin, rtmax = 34, 64
+	bad := fmt.Errorf("%q is no signal: %w", name, errdefs.ErrInvalidArgument)
+	if name == "" {
+		return unix.SIGTERM, nil
+	}
+	if n, err := strconv.Atoi(name); err == nil {
+		if n < 1 || n > rtmax {
+			return 0, bad
+		}
+		return unix.Signal(n), nil
+	}
+	up := strings.ToUpper(name)
+	if !strings.HasPrefix(up, "SIG") {
+		up = "SIG" + up
+	}
+	if rest, ok := strings.CutPrefix(up, "SIGRTMIN"); ok {
+		n, err := strconv.Atoi("0" + strings.TrimPrefix(rest, "+"))
+		if err != nil || n > rtmax-rtmin {
+			return 0, bad
+		}
+		return unix.Signal(rtmin + n), nil
+	}
+	if rest, ok := strings.CutPrefix(up, "SIGRTMAX"); ok {
+		n, err := strconv.Atoi("0" + strings.TrimPrefix(rest, "-"))
+		if err != nil || n > rtmax-rtmin {
+			return 0, bad
+		}
+		return unix.Signal(rtmax - n), nil
+	}
+	if s := unix.SignalNum(up); s != 0 {
+		return s, nil
+	}
+	return 0, bad
+}
+
+// canonicalSignal is the name that statuses show.
+func canonicalSignal(name string) string {
+	s, err := signalOf(name)
+	if err != nil {
+		return "SIGTERM"
+	}
+	if n := unix.SignalName(s); n != "" {
+		return n
+	}
+	switch n := int(s); {
+	case n == 34:
+		return "SIGRTMIN"
+	case n == 64:
+		return "SIGRTMAX"
+	case n < 50:
+		return fmt.Sprintf("SIGRTMIN+%d", n-34)
+	default:
+		return fmt.Sprintf("SIGRTMAX-%d", 64-n)
+	}
+}

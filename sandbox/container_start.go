@@ -1,0 +1,154 @@
+package sandbox
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/containerd/errdefs"
+
+	"github.com/berth-runtime/berth/internal/id"
+	"github.com/berth-runtime/berth/oci/supervisor/wire"
+	"github.com/berth-runtime/berth/sandbox/lifecycle"
+)
+
+// startErrorCode is the exit code of a container whose program could not be run.
+const startErrorCode = 128
+
+// StartContainer runs the program of a created container. When that cannot be
+// done the container is exited with code 128, reason StartError.
+func (e *Engine) StartContainer(ctx context.Context, ref string) error {
+	c, err := e.findContainer(ref)
+	if err != nil {
+		return err
+	}
+	_, err = e.do(ctx, "start container "+id.Short(c.id), func(ctx context.Context) (any, error) {
+		release, err := c.slot.take(ctx)
+		if err != nil {
+			return nil, err
+		}
+		defer release()
+		return nil, e.startContainer(ctx, c)
+	})
+	return err
+}
+
+func (e *Engine) startContainer(ctx context.Context, c *container) error {
+	if s := c.pod.record().State; s != lifecycle.Ready {
+		return fmt.Errorf("pod sandbox %s: is not ready: %w", id.Short(c.pod.id), errdefs.ErrFailedPrecondition)
+	}
+	if err := e.stepContainer(c, lifecycle.Start, nil); err != nil {
+		return err
+	}
+	began := time.Now()
+	rec := c.record()
+	reply, err := e.launch(ctx, rec)
+	if e.cfg.Trace != nil {
+		e.cfg.Trace("start container", "start", time.Since(began), err)
+	}
+	if err != nil {
+		err = fmt.Errorf("container %s: start: %w", rec.Config.Meta.Name, err)
+		// The program may run although the answer was lost: it must not go on.
+		_ = e.cfg.Runtime.Signal(context.WithoutCancel(ctx), wire.Signal{ID: c.id, Signal: 9, All: true})
+		now := time.Now()
+		return errors.Join(err, e.stepContainer(c, lifecycle.StartFailed, func(r *containerRecord) {
+			r.ExitCode, r.Reason, r.Message = startErrorCode, reasonStartError, err.Error()
+			r.StartedAt, r.FinishedAt = now, now
+		}))
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.rec.State != lifecycle.Starting { // it ended before this answer
+		return nil
+	}
+	return e.stepContainerLocked(c, lifecycle.Started, func(r *containerRecord) {
+		r.StartedAt, r.Pid = reply.StartedAt, reply.Pid
+	})
+}
+
+func (e *Engine) launch(ctx context.Context, rec containerRecord) (wire.StartReply, error) {
+	if rec.LogPath != "" {
+		if err := os.MkdirAll(filepath.Dir(rec.LogPath), 0o755); err != nil {
+			return wire.StartReply{}, fmt.Errorf("log_path: %w", err)
+		}
+	}
+	return e.cfg.Runtime.Start(ctx, wire.Start{ID: rec.ID, LogPath: rec.LogPath})
+}
+
+// exit records the end of a container's first process.
+func (e *Engine) exit(c *container, x wire.Exit) {
+	err := e.stepContainer(c, lifecycle.Exit, func(r *containerRecord) {
+		r.FinishedAt, r.ExitCode, r.Pid = x.FinishedAt, int32(x.Code), 0
+		if r.StartedAt.IsZero() {
+			r.StartedAt = x.FinishedAt
+		}
+		// The wall clock may have been set back; an end before its start helps nobody.
+		if r.FinishedAt.Before(r.StartedAt) {
+			r.FinishedAt = r.StartedAt
+		}
+		switch {
+		case x.OOMKilled:
+			r.Reason = reasonOOMKilled
+		case x.Code == 0:
+			r.Reason = reasonCompleted
+		default:
+			r.Reason = reasonError
+		}
+	})
+	tell(err, "Exit of a container in an impossible state", "container", c.id, "code", x.Code)
+}
+
+// lose records that a container's processes are gone and nobody knows how they ended.
+func (e *Engine) lose(c *container, why string) {
+	now := time.Now()
+	err := e.stepContainer(c, lifecycle.Lost, func(r *containerRecord) {
+		r.FinishedAt, r.ExitCode, r.Reason, r.Message, r.Pid = now, 255, reasonUnknown, why, 0
+		if r.StartedAt.IsZero() {
+			r.StartedAt = now
+		}
+	})
+	tell(err, "Loss of a container in an impossible state", "container", c.id)
+}
+
+// events applies what the supervisor reports until the engine is closed.
+func (e *Engine) events() {
+	for {
+		select {
+		case <-e.ctx.Done():
+			return
+		case x := <-e.cfg.Runtime.Exits():
+			e.applyExit(x)
+		case <-e.cfg.Runtime.Resync():
+			tell(e.resync(e.ctx), "Containers could not be compared with the supervisor's")
+		}
+	}
+}
+
+func (e *Engine) applyExit(x wire.Exit) {
+	e.mu.Lock()
+	c := e.containers[x.ID]
+	e.mu.Unlock()
+	if c != nil {
+		e.exit(c, x)
+		return
+	}
+	for _, p := range e.view.Load().pods {
+		if p.record().Init == x.ID {
+			e.initEnded(p)
+			return
+		}
+	}
+}
+
+// initEnded handles the end of a shared PID namespace's first process: the
+// kernel has killed everything in the namespace.
+func (e *Engine) initEnded(p *pod) {
+	if p.record().State != lifecycle.Ready {
+		return
+	}
+	tell(e.stepPod(p, lifecycle.Lost, func(r *podRecord) { r.Reason = "the first process of its PID namespace ended" }),
+		"Pod lost its first process", "pod", p.id)
+}

@@ -1,0 +1,302 @@
+package sandbox
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"k8s.io/klog/v2"
+
+	"github.com/berth-runtime/berth/internal/id"
+	"github.com/berth-runtime/berth/sandbox/journal"
+	"github.com/berth-runtime/berth/sandbox/lifecycle"
+	"github.com/berth-runtime/berth/sandbox/spec"
+	"github.com/berth-runtime/berth/sandbox/stats"
+)
+
+// Config is what an Engine needs.
+type Config struct {
+	// Root holds what may survive a boot (records, writable layers), State what
+	// dies with it (pod files; a tmpfs in production).
+	Root, State string
+
+	Images  Images
+	Network Network
+	Runtime Runtime
+	Streams RuntimeStreams
+	FDs     RuntimeFDs
+
+	// Handlers are the runtime handlers that pods may name besides "".
+	Handlers []string
+	Policy   spec.Policy
+	Host     spec.Host
+	// Trace is told of each step of each operation; it must not block. May be nil.
+	Trace func(op, step string, d time.Duration, err error)
+}
+
+// Engine runs pods and containers. Its exported methods may be called concurrently.
+type Engine struct {
+	cfg        Config
+	bootID     string
+	collector  *stats.Collector
+	cgroups    stats.Hierarchies
+	podBook    *journal.Book
+	ctrBook    *journal.Book
+	ops        ops
+	ctx        context.Context // of detached work; ends with Close
+	cancel     context.CancelFunc
+	owned      sync.WaitGroup // the event loop, the usage walker, operations, killers
+	usage      usageTable
+	lastCreate atomic.Int64 // nanoseconds; created_at is strictly increasing
+
+	mu         sync.Mutex
+	pods       map[id.Pod]*pod             // guarded by mu
+	containers map[id.Container]*container // guarded by mu
+	view       atomic.Pointer[view]        // replaced under mu, read freely
+}
+
+// view is an immutable copy of the indexes for readers, newest first.
+type view struct {
+	pods       []*pod
+	containers []*container
+}
+
+// Open loads the records, compares them with the supervisor and the kernel,
+// takes up or takes down what was left half-done, and returns a running engine.
+func Open(ctx context.Context, cfg Config) (*Engine, error) {
+	e := &Engine{cfg: cfg, pods: map[id.Pod]*pod{}, containers: map[id.Container]*container{}}
+	e.ctx, e.cancel = context.WithCancel(context.WithoutCancel(ctx))
+	e.view.Store(&view{})
+	b, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	if err != nil {
+		return nil, fmt.Errorf("boot id: %w", err)
+	}
+	e.bootID = strings.TrimSpace(string(b))
+	if e.cgroups, err = stats.FindHierarchies(); err != nil {
+		return nil, err
+	}
+	e.collector = stats.NewCollector(e.cgroups)
+	if e.podBook, err = journal.Open(filepath.Join(cfg.Root, "sandboxes", "pods")); err != nil {
+		return nil, err
+	}
+	if e.ctrBook, err = journal.Open(filepath.Join(cfg.Root, "sandboxes", "containers")); err != nil {
+		return nil, err
+	}
+	for _, d := range []string{e.podsDir(), e.containersDir()} {
+		if err := os.MkdirAll(d, 0o711); err != nil {
+			return nil, err
+		}
+	}
+	if err := e.recover(ctx); err != nil {
+		e.cancel()
+		return nil, err
+	}
+	e.owned.Go(e.events)
+	e.owned.Go(e.walkUsage)
+	return e, nil
+}
+
+// Close waits for running operations until ctx ends, and stops the engine's own
+// goroutines. Containers go on.
+func (e *Engine) Close(ctx context.Context) error {
+	e.ops.drain(ctx)
+	e.cancel()
+	done := make(chan struct{})
+	go func() { e.owned.Wait(); close(done) }()
+	select {
+	case <-done:
+	case <-ctx.Done():
+		return fmt.Errorf("engine: operations still run: %w", ctx.Err())
+	}
+	if len(e.view.Load().pods) == 0 {
+		e.removeCgroup(defaultCgroupParent)
+	}
+	return nil
+}
+
+func (e *Engine) podsDir() string                      { return filepath.Join(e.cfg.State, "pods") }
+func (e *Engine) podDir(p id.Pod) string               { return filepath.Join(e.podsDir(), string(p)) }
+func (e *Engine) containersDir() string                { return filepath.Join(e.cfg.Root, "containers") }
+func (e *Engine) containerDir(c id.Container) string { return filepath.Join(e.containersDir(), string(c)) }
+
+// created is the time of making an object: never the same twice and never
+// going back, since kubelets sort attempts by it.
+func (e *Engine) created() time.Time {
+	for {
+		last := e.lastCreate.Load()
+		now := max(time.Now().UnixNano(), last+1)
+		if e.lastCreate.CompareAndSwap(last, now) {
+			return time.Unix(0, now)
+		}
+	}
+}
+
+func (e *Engine) insertPod(p *pod) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.pods[p.id] = p
+	e.refreshLocked()
+}
+
+func (e *Engine) insertContainer(c *container) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.containers[c.id] = c
+	e.refreshLocked()
+}
+
+func (e *Engine) dropPod(p *pod) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	delete(e.pods, p.id)
+	e.refreshLocked()
+}
+
+func (e *Engine) dropContainer(c *container) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	delete(e.containers, c.id)
+	e.refreshLocked()
+}
+
+func (e *Engine) refreshLocked() {
+	v := &view{pods: make([]*pod, 0, len(e.pods)), containers: make([]*container, 0, len(e.containers))}
+	for _, p := range e.pods {
+		v.pods = append(v.pods, p)
+	}
+	for _, c := range e.containers {
+		v.containers = append(v.containers, c)
+	}
+	slices.SortFunc(v.pods, func(a, b *pod) int { return cmp.Compare(b.created, a.created) })
+	slices.SortFunc(v.containers, func(a, b *container) int { return cmp.Compare(b.created, a.created) })
+	e.view.Store(v)
+}
+
+// findPod finds a pod by id or unique prefix.
+func (e *Engine) findPod(ref string) (*pod, error) {
+	e.mu.Lock()
+	p, ok := e.pods[id.Pod(ref)]
+	e.mu.Unlock()
+	if ok {
+		return p, nil
+	}
+	return byPrefix(e.view.Load().pods, "pod sandbox", ref, func(p *pod) string { return string(p.id) })
+}
+
+// findContainer finds a container by id or unique prefix.
+func (e *Engine) findContainer(ref string) (*container, error) {
+	e.mu.Lock()
+	c, ok := e.containers[id.Container(ref)]
+	e.mu.Unlock()
+	if ok {
+		return c, nil
+	}
+	return byPrefix(e.view.Load().containers, "container", ref, func(c *container) string { return string(c.id) })
+}
+
+func byPrefix[T any](all []*T, noun, ref string, key func(*T) string) (*T, error) {
+	var found *T
+	if ref != "" {
+		for _, x := range all {
+			if !strings.HasPrefix(key(x), ref) {
+				continue
+			}
+			if found != nil {
+				return nil, fmt.Errorf("%s %q: more than one id begins so; give more digits: %w", noun, ref, errdefs.ErrInvalidArgument)
+			}
+			found = x
+		}
+	}
+	if found == nil {
+		return nil, fmt.Errorf("%s %q: not found: %w", noun, ref, errdefs.ErrNotFound)
+	}
+	return found, nil
+}
+
+// Pod returns the status of a pod sandbox by id or unique prefix.
+func (e *Engine) Pod(ref string) (*PodStatus, error) {
+	p, err := e.findPod(ref)
+	if err != nil {
+		return nil, err
+	}
+	if s := p.status.Load(); s != nil {
+		return s, nil
+	}
+	return nil, fmt.Errorf("pod sandbox %q: not found: %w", ref, errdefs.ErrNotFound)
+}
+
+// ListPods returns the pods that f selects, newest first.
+func (e *Engine) ListPods(f PodFilter) []*PodStatus {
+	var out []*PodStatus
+	for _, p := range e.view.Load().pods {
+		s := p.status.Load()
+		if s == nil || !strings.HasPrefix(string(s.ID), f.ID) || (f.State != nil && *f.State != s.State) || !selects(f.Labels, s.Config.Labels) {
+			continue
+		}
+		out = append(out, s)
+	}
+	if f.ID != "" && len(out) > 1 { // a prefix must be unique
+		out = nil
+	}
+	return out
+}
+
+// Container returns the status of a container by id or unique prefix.
+func (e *Engine) Container(ref string) (*ContainerStatus, error) {
+	c, err := e.findContainer(ref)
+	if err != nil {
+		return nil, err
+	}
+	if s := c.status.Load(); s != nil {
+		return s, nil
+	}
+	return nil, fmt.Errorf("container %q: not found: %w", ref, errdefs.ErrNotFound)
+}
+
+// ListContainers returns the containers that f selects, newest first.
+func (e *Engine) ListContainers(f ContainerFilter) []*ContainerStatus {
+	var out []*ContainerStatus
+	for _, c := range e.view.Load().containers {
+		s := c.status.Load()
+		if s == nil || !strings.HasPrefix(string(s.ID), f.ID) || !strings.HasPrefix(string(s.Pod), f.Pod) ||
+			(f.State != nil && *f.State != s.State) || !selects(f.Labels, s.Config.Labels) {
+			continue
+		}
+		out = append(out, s)
+	}
+	if f.ID != "" && len(out) > 1 {
+		out = nil
+	}
+	return out
+}
+
+func selects(want, have map[string]string) bool {
+	for k, v := range want {
+		if got, ok := have[k]; !ok || got != v {
+			return false
+		}
+	}
+	return true
+}
+
+// tell logs what goes wrong behind an operation's back.
+func tell(err error, msg string, kv ...any) {
+	if err != nil {
+		klog.ErrorS(err, msg, kv...)
+	}
+}
+
+// stays says whether an event is applied although its record cannot be written:
+// what has happened has happened, and stopping and removing must work on a full disk.
+func stays(ev lifecycle.Event) bool { return ev != lifecycle.Ask && ev != lifecycle.Start }
+
+var errClosed = errors.New("the daemon is stopping")

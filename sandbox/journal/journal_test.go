@@ -1,0 +1,109 @@
+package journal
+
+import (
+	"encoding/json"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/berth-runtime/berth/internal/id"
+)
+
+type rec struct{ Name string }
+
+func load(t *testing.T, b *Book) (map[string]string, error) {
+	t.Helper()
+	got := map[string]string{}
+	err := b.Load(func(key string, body []byte) error {
+		var r rec
+		if err := json.Unmarshal(body, &r); err != nil {
+			return err
+		}
+		got[key] = r.Name
+		return nil
+	})
+	return got, err
+}
+
+func TestWriteLoadRemove(t *testing.T) {
+	b, err := Open(filepath.Join(t.TempDir(), "book"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	a, c := string(id.NewPod()), string(id.NewPod())
+	for k, v := range map[string]string{a: "one", c: "two <>&"} {
+		if err := b.Write(k, rec{v}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := b.Write(a, rec{"one again"}); err != nil {
+		t.Fatal(err)
+	}
+	got, err := load(t, b)
+	if err != nil || got[a] != "one again" || got[c] != "two <>&" || len(got) != 2 {
+		t.Fatalf("%v, %v", got, err)
+	}
+	for range 2 {
+		if err := b.Remove(a); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if got, _ := load(t, b); len(got) != 1 {
+		t.Fatalf("%v", got)
+	}
+	if err := b.Write("../evil", rec{}); err == nil {
+		t.Fatal("a key that is no id was written")
+	}
+}
+
+func TestATornRecordCostsOnlyItself(t *testing.T) {
+	b, err := Open(t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	good, bad := string(id.NewPod()), string(id.NewPod())
+	for _, k := range []string{good, bad} {
+		if err := b.Write(k, rec{"x"}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	whole, err := os.ReadFile(b.path(bad))
+	if err != nil {
+		t.Fatal(err)
+	}
+	flipped := []byte(strings.Replace(string(whole), `"Name":"x"`, `"Name":"y"`, 1))
+	for name, data := range map[string][]byte{"torn": whole[:len(whole)/2], "empty": nil, "flipped": flipped, "newer": []byte(`{"version":99,"body":{}}`)} {
+		t.Run(name, func(t *testing.T) {
+			if err := os.WriteFile(b.path(bad), data, 0o600); err != nil {
+				t.Fatal(err)
+			}
+			if err := os.WriteFile(filepath.Join(b.dir, "."+bad+".json.tmp-1"), nil, 0o600); err != nil {
+				t.Fatal(err)
+			}
+			got, err := load(t, b)
+			if len(got) != 1 || got[good] != "x" || err == nil || !strings.Contains(err.Error(), bad) {
+				t.Fatalf("%v, %v", got, err)
+			}
+			if _, err := os.Stat(b.path(bad) + ".bad"); err != nil {
+				t.Fatal(err)
+			}
+			if _, err := load(t, b); err != nil {
+				t.Fatalf("second load: %v", err)
+			}
+		})
+	}
+}
+
+func FuzzRead(f *testing.F) {
+	f.Add([]byte(`{"version":1,"sha256":"","body":{}}`))
+	f.Add([]byte(`{`))
+	key := string(id.NewPod())
+	f.Fuzz(func(t *testing.T, data []byte) {
+		b := &Book{dir: t.TempDir()}
+		if err := os.WriteFile(b.path(key), data, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		_ = b.Load(func(string, []byte) error { return nil })
+	})
+}

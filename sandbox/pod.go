@@ -1,0 +1,209 @@
+package sandbox
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"os"
+	"path"
+	"runtime/debug"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"golang.org/x/sys/unix"
+
+	"github.com/berth-runtime/berth/cni"
+	"github.com/berth-runtime/berth/internal/id"
+	"github.com/berth-runtime/berth/sandbox/lifecycle"
+)
+
+// defaultCgroupParent holds the cgroups of pods that were given none.
+const defaultCgroupParent = "/berth"
+
+// pod is a pod sandbox.
+type pod struct {
+	id      id.Pod
+	created int64 // nanoseconds; immutable
+	slot    slot
+	status  atomic.Pointer[PodStatus] // nil until it is listed
+
+	mu    sync.Mutex
+	rec   podRecord           // guarded by mu
+	files map[string]*os.File // guarded by mu; namespaces and mounts by name: net, ipc, uts, shm
+}
+
+// podRecord is the journal's view of a pod.
+type podRecord struct {
+	ID         id.Pod          `json:"id"`
+	BootID     string          `json:"bootID"`
+	State      lifecycle.State `json:"state"`
+	Config     *PodConfig      `json:"config"`
+	CreatedAt  time.Time       `json:"createdAt"`
+	Attachment cni.Attachment  `json:"attachment"`
+	Cgroup     string          `json:"cgroup"`            // parent of its containers' cgroups
+	OwnCgroup  bool            `json:"ownCgroup"`         // made by the engine, so removed by it
+	Init       id.Container    `json:"init,omitempty"`    // first process of a shared PID namespace
+	Reason     string          `json:"reason,omitempty"`  // why it is not ready
+}
+
+// containerIn is the cgroup of a container of the pod.
+func (r *podRecord) containerIn(c id.Container) string { return path.Join(r.Cgroup, string(c)) }
+
+func (r *podRecord) status() *PodStatus {
+	s := &PodStatus{ID: r.ID, Config: r.Config, CreatedAt: r.CreatedAt, Reason: r.Reason, CgroupDir: r.Cgroup, State: PodNotReady}
+	if r.State == lifecycle.Ready {
+		s.State = PodReady
+	}
+	for _, ip := range r.Attachment.IPs {
+		s.IPs = append(s.IPs, ip.String())
+	}
+	return s
+}
+
+// network is what the pod is to the network.
+func (r *podRecord) network() cni.Pod {
+	m := r.Config.Meta
+	return cni.Pod{ID: r.ID, Name: m.Name, Namespace: m.Namespace, UID: m.UID, Labels: r.Config.Labels,
+		Annotations: r.Config.Annotations, CgroupParent: r.Cgroup, PortMappings: r.Config.PortMappings}
+}
+
+// stepPod moves the pod by an event: change edits the record on the way.
+func (e *Engine) stepPod(p *pod, ev lifecycle.Event, change func(*podRecord)) error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	next, effects, err := lifecycle.StepPod(p.rec.State, ev)
+	if err != nil {
+		return fmt.Errorf("pod sandbox %s: %w: %w", id.Short(p.id), err, errdefs.ErrFailedPrecondition)
+	}
+	rec := p.rec
+	rec.State = next
+	if change != nil {
+		change(&rec)
+	}
+	for _, f := range effects {
+		switch f {
+		case lifecycle.Journal:
+			if err := e.podBook.Write(string(p.id), &rec); err != nil {
+				if !stays(ev) {
+					return err
+				}
+				tell(err, "Pod record is not written", "pod", p.id)
+			}
+		case lifecycle.Publish:
+			p.status.Store(rec.status())
+		case lifecycle.Forget:
+			if err := e.podBook.Remove(string(p.id)); err != nil {
+				return err
+			}
+			p.status.Store(nil)
+			e.dropPod(p)
+		}
+	}
+	p.rec = rec
+	return nil
+}
+
+func (p *pod) record() podRecord {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.rec
+}
+
+// keep stores an open namespace or mount of the pod under name.
+func (p *pod) keep(name string, f *os.File) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.files == nil {
+		p.files = map[string]*os.File{}
+	}
+	p.files[name] = f
+}
+
+// dup returns a copy of the pod's open namespace, which the caller closes.
+func (p *pod) dup(name string) (*os.File, error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	f, ok := p.files[name]
+	if !ok {
+		return nil, fmt.Errorf("pod sandbox %s: has no %s namespace: %w", id.Short(p.id), name, errdefs.ErrFailedPrecondition)
+	}
+	fd, err := unix.FcntlInt(f.Fd(), unix.F_DUPFD_CLOEXEC, 3)
+	if err != nil {
+		return nil, fmt.Errorf("pod sandbox %s: %s namespace: %w", id.Short(p.id), name, err)
+	}
+	return os.NewFile(uintptr(fd), name), nil
+}
+
+// held lists the keys and files that the supervisor keeps for the pod.
+func (p *pod) held() (keys []string, files []*os.File) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for name, f := range p.files {
+		keys, files = append(keys, fdKey(p.id, name)), append(files, f)
+	}
+	return keys, files
+}
+
+func fdKey(p id.Pod, name string) string { return string(p) + "/" + name }
+
+// letGo closes the pod's namespaces and mounts, here and in the supervisor.
+func (e *Engine) letGo(ctx context.Context, p *pod) error {
+	keys := make([]string, 0, 4)
+	for _, n := range []string{"net", "ipc", "uts", "shm"} {
+		keys = append(keys, fdKey(p.id, n))
+	}
+	if err := e.cfg.FDs.DropFDs(ctx, keys); err != nil {
+		return err
+	}
+	p.mu.Lock()
+	files := p.files
+	p.files = nil
+	p.mu.Unlock()
+	for _, f := range files {
+		f.Close()
+	}
+	return nil
+}
+
+// containersOf returns the pod's containers.
+func (e *Engine) containersOf(p *pod) []*container {
+	var out []*container
+	for _, c := range e.view.Load().containers {
+		if c.pod == p {
+			out = append(out, c)
+		}
+	}
+	return out
+}
+
+// removeCgroup removes an empty cgroup in every hierarchy.
+func (e *Engine) removeCgroup(dir string) {
+	roots := []string{e.cgroups.Unified}
+	for _, r := range e.cgroups.V1 {
+		roots = append(roots, r)
+	}
+	// name=systemd and the v2 hierarchy of a hybrid host carry the cgroup too, but
+	// no controller that the collector reads.
+	roots = append(roots, "/sys/fs/cgroup/systemd", "/sys/fs/cgroup/unified")
+	for _, r := range roots {
+		if r != "" {
+			_ = unix.Rmdir(r + "/" + strings.TrimPrefix(dir, "/"))
+		}
+	}
+}
+
+func decodePod(body []byte) (podRecord, error) {
+	var r podRecord
+	if err := json.Unmarshal(body, &r); err != nil {
+		return r, err
+	}
+	if r.Config == nil || r.ID == "" {
+		return r, fmt.Errorf("pod record without id or config: %w", errdefs.ErrDataLoss)
+	}
+	return r, nil
+}
+
+func stack() string { return string(debug.Stack()) }
