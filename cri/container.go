@@ -36,9 +36,10 @@ func (s *runtimeServer) CreateContainer(ctx context.Context, r *runtimeapi.Creat
 	return &runtimeapi.CreateContainerResponse{ContainerId: string(id)}, nil
 }
 
-// fitPod checks a container against its pod. Network and IPC are the pod's:
-// leaving them out, which reads as POD, inherits the pod's mode, and asking for
-// the host's in a pod that is not on the host is an error.
+// fitPod checks a container against its pod. A mode that is left out reads as
+// POD and means the pod's own mode, whatever that is. Network and IPC are always
+// the pod's; a PID namespace may also be the container's or another one's.
+// Asking for the host's in a pod that is not on the host is an error.
 func fitPod(c *sandbox.ContainerConfig, pod *sandbox.PodConfig) error {
 	n := &c.Security.Namespaces
 	const field = "config.linux.security_context"
@@ -46,12 +47,14 @@ func fitPod(c *sandbox.ContainerConfig, pod *sandbox.PodConfig) error {
 		name string
 		own  *sandbox.NamespaceMode
 		pod  sandbox.NamespaceMode
-	}{{"network", &n.Network, pod.Namespaces.Network}, {"ipc", &n.IPC, pod.Namespaces.IPC}} {
+	}{{"network", &n.Network, pod.Namespaces.Network}, {"ipc", &n.IPC, pod.Namespaces.IPC}, {"pid", &n.PID, pod.Namespaces.PID}} {
 		if *m.own == sandbox.NamespaceNode && m.pod != sandbox.NamespaceNode {
 			return &convert.FieldError{Field: field + ".namespace_options." + m.name,
 				Text: "NODE, but the pod sandbox is not on the host's; run the sandbox with NODE or use POD"}
 		}
-		*m.own = m.pod
+		if *m.own == sandbox.NamespacePod {
+			*m.own = m.pod
+		}
 	}
 	if c.Security.Privileged && !pod.Privileged {
 		return &convert.FieldError{Field: field + ".privileged",

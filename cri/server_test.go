@@ -19,6 +19,8 @@ import (
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/status"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/berth-runtime/berth/sandbox"
 )
 
 type testClient struct {
@@ -478,6 +480,33 @@ func BenchmarkListContainers(b *testing.B) {
 		r, err := c.ListContainers(b.Context(), &runtimeapi.ListContainersRequest{})
 		if err != nil || len(r.Containers) != 2000 {
 			b.Fatal(len(r.GetContainers()), err)
+		}
+	}
+}
+
+func TestFitPod(t *testing.T) {
+	const pod, own, node, target = sandbox.NamespacePod, sandbox.NamespaceContainer, sandbox.NamespaceNode, sandbox.NamespaceTarget
+	for _, tt := range []struct {
+		name            string
+		pod, asked, got sandbox.Namespaces
+		fails           bool
+	}{
+		{name: "nothing asked", pod: sandbox.Namespaces{Network: node, PID: node, IPC: node}, got: sandbox.Namespaces{Network: node, PID: node, IPC: node}},
+		{name: "shared pid", pod: sandbox.Namespaces{PID: pod}, got: sandbox.Namespaces{}},
+		{name: "own pid on the host", pod: sandbox.Namespaces{PID: node}, asked: sandbox.Namespaces{PID: own}, got: sandbox.Namespaces{PID: own}},
+		{name: "pod without a shared pid", pod: sandbox.Namespaces{PID: own}, got: sandbox.Namespaces{PID: own}},
+		{name: "target", pod: sandbox.Namespaces{PID: own}, asked: sandbox.Namespaces{PID: target, TargetID: "x"}, got: sandbox.Namespaces{PID: target, TargetID: "x"}},
+		{name: "host pid", asked: sandbox.Namespaces{PID: node}, fails: true},
+		{name: "host ipc", asked: sandbox.Namespaces{IPC: node}, fails: true},
+	} {
+		c := &sandbox.ContainerConfig{Security: sandbox.Security{Namespaces: tt.asked}}
+		err := fitPod(c, &sandbox.PodConfig{Namespaces: tt.pod})
+		if tt.fails {
+			wantCode(t, toStatus(err), codes.InvalidArgument)
+			continue
+		}
+		if err != nil || c.Security.Namespaces != tt.got {
+			t.Errorf("%s: %+v, %v, want %+v", tt.name, c.Security.Namespaces, err, tt.got)
 		}
 	}
 }
