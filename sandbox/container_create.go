@@ -166,7 +166,7 @@ func (b *containerBuild) describe() error {
 	in := spec.Input{
 		ID: b.c.id, PodID: b.p.id, Pod: pc, Container: cfg, Image: b.image.Config.Config, Identity: who, Home: home,
 		Namespaces: ns, CgroupPath: b.pod.containerIn(b.c.id), Hostname: pc.Hostname,
-		Shm: "fd:shm", Policy: e.cfg.Policy, Host: e.cfg.Host,
+		Shm: "fd:shm", Policy: e.cfg.Policy, Host: *e.cfg.Host,
 	}
 	dir := e.podDir(b.p.id)
 	in.HostsPath, in.HostnamePath, in.ResolvConfPath = filepath.Join(dir, "hosts"), filepath.Join(dir, "hostname"), filepath.Join(dir, "resolv.conf")

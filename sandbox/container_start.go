@@ -46,8 +46,8 @@ func (e *Engine) startContainer(ctx context.Context, c *container) error {
 	began := time.Now()
 	rec := c.record()
 	reply, err := e.launch(ctx, rec)
-	if e.cfg.Trace != nil {
-		e.cfg.Trace("start container", "start", time.Since(began), err)
+	if e.cfg.Observe != nil {
+		e.cfg.Observe("start container", "start", time.Since(began), err)
 	}
 	if err != nil {
 		err = fmt.Errorf("container %s: start: %w", rec.Config.Meta.Name, err)

@@ -195,7 +195,7 @@ func (e *Engine) UpdateContainer(ctx context.Context, ref string, r *Resources) 
 			return fmt.Errorf("linux.memory_limit_in_bytes %d: below the %d bytes in use: %w", r.MemoryLimit, s.WorkingSet, errdefs.ErrInvalidArgument)
 		}
 	}
-	change, err := spec.UpdateResources(*r, rec.Resources, e.cfg.Policy, e.cfg.Host)
+	change, err := spec.UpdateResources(*r, rec.Resources, e.cfg.Policy, *e.cfg.Host)
 	if err != nil {
 		return err
 	}

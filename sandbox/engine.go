@@ -17,6 +17,7 @@ import (
 	"k8s.io/klog/v2"
 
 	"github.com/berth-runtime/berth/internal/id"
+	"github.com/berth-runtime/berth/internal/version"
 	"github.com/berth-runtime/berth/sandbox/journal"
 	"github.com/berth-runtime/berth/sandbox/lifecycle"
 	"github.com/berth-runtime/berth/sandbox/spec"
@@ -35,12 +36,14 @@ type Config struct {
 	Streams RuntimeStreams
 	FDs     RuntimeFDs
 
-	// Handlers are the runtime handlers that pods may name besides "".
+	// Handlers are the runtime handlers that pods may name besides ""; nil means
+	// the embedded runtime under its name.
 	Handlers []string
 	Policy   spec.Policy
-	Host     spec.Host
-	// Trace is told of each step of each operation; it must not block. May be nil.
-	Trace func(op, step string, d time.Duration, err error)
+	// Host is what the node can do; nil asks the kernel.
+	Host *spec.Host
+	// Observe is told of each step of each operation; it must not block. May be nil.
+	Observe func(op, step string, d time.Duration, err error)
 }
 
 // Engine runs pods and containers. Its exported methods may be called concurrently.
@@ -73,6 +76,16 @@ type view struct {
 // Open loads the records, compares them with the supervisor and the kernel,
 // takes up or takes down what was left half-done, and returns a running engine.
 func Open(ctx context.Context, cfg Config) (*Engine, error) {
+	if cfg.Handlers == nil {
+		cfg.Handlers = []string{version.Name}
+	}
+	if cfg.Host == nil {
+		h, err := spec.ProbeHost()
+		if err != nil {
+			return nil, err
+		}
+		cfg.Host = &h
+	}
 	e := &Engine{cfg: cfg, pods: map[id.Pod]*pod{}, containers: map[id.Container]*container{}}
 	e.ctx, e.cancel = context.WithCancel(context.WithoutCancel(ctx))
 	e.view.Store(&view{})
@@ -105,9 +118,15 @@ func Open(ctx context.Context, cfg Config) (*Engine, error) {
 	return e, nil
 }
 
-// Close waits for running operations until ctx ends, and stops the engine's own
-// goroutines. Containers go on.
-func (e *Engine) Close(ctx context.Context) error {
+// closeLimit is how long Close waits for running operations; what it cuts short
+// is on record and finished or undone by the next engine.
+const closeLimit = 10 * time.Second
+
+// Close waits for running operations, but not for ever, and stops the engine's
+// own goroutines. Containers go on.
+func (e *Engine) Close() error {
+	ctx, stop := context.WithTimeout(context.Background(), closeLimit)
+	defer stop()
 	e.ops.drain(ctx)
 	e.cancel()
 	done := make(chan struct{})
@@ -123,10 +142,12 @@ func (e *Engine) Close(ctx context.Context) error {
 	return nil
 }
 
-func (e *Engine) podsDir() string                      { return filepath.Join(e.cfg.State, "pods") }
-func (e *Engine) podDir(p id.Pod) string               { return filepath.Join(e.podsDir(), string(p)) }
-func (e *Engine) containersDir() string                { return filepath.Join(e.cfg.Root, "containers") }
-func (e *Engine) containerDir(c id.Container) string { return filepath.Join(e.containersDir(), string(c)) }
+func (e *Engine) podsDir() string        { return filepath.Join(e.cfg.State, "pods") }
+func (e *Engine) podDir(p id.Pod) string { return filepath.Join(e.podsDir(), string(p)) }
+func (e *Engine) containersDir() string  { return filepath.Join(e.cfg.Root, "containers") }
+func (e *Engine) containerDir(c id.Container) string {
+	return filepath.Join(e.containersDir(), string(c))
+}
 
 // created is the time of making an object: never the same twice and never
 // going back, since kubelets sort attempts by it.
@@ -286,6 +307,14 @@ func selects(want, have map[string]string) bool {
 		}
 	}
 	return true
+}
+
+// Ready returns nil when containers can be run, else why not.
+func (e *Engine) Ready() error {
+	if r, ok := e.cfg.Runtime.(interface{ Ready() error }); ok {
+		return r.Ready()
+	}
+	return nil
 }
 
 // tell logs what goes wrong behind an operation's back.

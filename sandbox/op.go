@@ -108,8 +108,8 @@ func (e *Engine) run(ctx context.Context, name string, steps []step) (undone err
 		began := time.Now()
 		err := s.do(ctx)
 		d := time.Since(began)
-		if e.cfg.Trace != nil {
-			e.cfg.Trace(name, s.name, d, err)
+		if e.cfg.Observe != nil {
+			e.cfg.Observe(name, s.name, d, err)
 		}
 		if err == nil {
 			continue

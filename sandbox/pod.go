@@ -43,10 +43,10 @@ type podRecord struct {
 	Config     *PodConfig      `json:"config"`
 	CreatedAt  time.Time       `json:"createdAt"`
 	Attachment cni.Attachment  `json:"attachment"`
-	Cgroup     string          `json:"cgroup"`            // parent of its containers' cgroups
-	OwnCgroup  bool            `json:"ownCgroup"`         // made by the engine, so removed by it
-	Init       id.Container    `json:"init,omitempty"`    // first process of a shared PID namespace
-	Reason     string          `json:"reason,omitempty"`  // why it is not ready
+	Cgroup     string          `json:"cgroup"`           // parent of its containers' cgroups
+	OwnCgroup  bool            `json:"ownCgroup"`        // made by the engine, so removed by it
+	Init       id.Container    `json:"init,omitempty"`   // first process of a shared PID namespace
+	Reason     string          `json:"reason,omitempty"` // why it is not ready
 }
 
 // containerIn is the cgroup of a container of the pod.

@@ -155,7 +155,9 @@ func (e *Engine) recoverContainer(ctx context.Context, c *container, known *wire
 		close(c.exited)
 	case lifecycle.Removing:
 		close(c.exited)
-		e.owned.Go(func() { tell(e.RemoveContainer(e.ctx, string(c.id)), "Removal of a container is not finished", "container", c.id) })
+		e.owned.Go(func() {
+			tell(e.RemoveContainer(e.ctx, string(c.id)), "Removal of a container is not finished", "container", c.id)
+		})
 	default:
 		e.compare(c, known)
 	}

@@ -137,7 +137,7 @@ func TestShmIsSharedInThePod(t *testing.T) {
 	if _, e, code := execSync(t, a, "/bin/prog", "write", "/dev/shm/x", "from a"); code != 0 {
 		t.Fatal(e)
 	}
-	if out, _, _ := execSync(t, b, "/bin/cat", "/dev/shm/x"); out != "from a" {
+	if out, _, _ := execSync(t, b, "/bin/cat", "/dev/shm/x"); out != "from a\n" {
 		t.Fatalf("b reads %q", out)
 	}
 	out, _, _ := execSync(t, a, "/bin/prog", "statfs", "/dev/shm")

@@ -210,7 +210,7 @@ func TestMounts(t *testing.T) {
 	if _, _, code := execSync(t, c, "/bin/prog", "write", "/data/deep/g", "from inside"); code != 0 {
 		t.Errorf("write to a writable mount failed")
 	}
-	if b, _ := os.ReadFile(filepath.Join(dir, "g")); string(b) != "from inside" {
+	if b, _ := os.ReadFile(filepath.Join(dir, "g")); string(b) != "from inside\n" {
 		t.Errorf("host sees %q", b)
 	}
 	if _, e, code := execSync(t, c, "/bin/prog", "write", "/ro/h", "x"); code == 0 || !strings.Contains(e, "read-only") {
