@@ -1,0 +1,159 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
+
+	"github.com/containerd/errdefs"
+
+	"github.com/berth-runtime/berth/cni"
+	"github.com/berth-runtime/berth/cni/builtin"
+	"github.com/berth-runtime/berth/imageservice"
+	"github.com/berth-runtime/berth/internal/config"
+	"github.com/berth-runtime/berth/oci/supervisor/client"
+	"github.com/berth-runtime/berth/sandbox"
+	"github.com/berth-runtime/berth/sandbox/spec"
+)
+
+// open makes the parts from the bottom up. What is open already is closed again
+// when a later one fails.
+func open(ctx context.Context, cfg *config.Config, m *metrics) (_ *parts, err error) {
+	var closers []func() error
+	closeAll := func() error {
+		var errs []error
+		for i := len(closers) - 1; i >= 0; i-- {
+			errs = append(errs, closers[i]())
+		}
+		return errors.Join(errs...)
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, closeAll())
+		}
+	}()
+
+	images, err := imageservice.Open(ctx, imageservice.Config{
+		Root:              filepath.Join(cfg.Root, "images"),
+		RegistryConfigDir: cfg.RegistryConfigDir,
+		Platform:          cfg.Images.Platform,
+	})
+	if err != nil {
+		return nil, fmt.Errorf("images: %w", err)
+	}
+	closers = append(closers, images.Close)
+
+	pods, network, err := openNetwork(ctx, cfg, &closers)
+	if err != nil {
+		return nil, err
+	}
+	binary, err := findSupervisor(cfg.Runtime.Supervisor)
+	if err != nil {
+		return nil, err
+	}
+	supervisor, err := client.Open(ctx, client.Config{StateDir: cfg.State, Binary: binary})
+	if err != nil {
+		return nil, fmt.Errorf("supervisor: %w", err)
+	}
+	closers = append(closers, supervisor.Close)
+
+	host, err := spec.ProbeHost()
+	if err != nil {
+		return nil, fmt.Errorf("node: %w", err)
+	}
+	engine, err := sandbox.Open(ctx, sandbox.Config{
+		Root:    cfg.Root,
+		State:   cfg.State,
+		Images:  images,
+		Network: network,
+		Runtime: supervisor,
+		Streams: supervisor,
+		FDs:     supervisor,
+		Policy:  spec.Policy{TolerateMissingHugetlb: true},
+		Host:    &host,
+		Trace:   m.observeStep(),
+	})
+	if err != nil {
+		return nil, fmt.Errorf("engine: %w", err)
+	}
+	closers = append(closers, func() error {
+		ctx, cancel := context.WithTimeout(context.Background(), stopTimeout)
+		defer cancel()
+		return engine.Close(ctx)
+	})
+	// Containers have claimed their images again: what is left over can go.
+	if err := images.Sweep(ctx); err != nil {
+		return nil, fmt.Errorf("images: %w", err)
+	}
+	return &parts{
+		engine: engine,
+		images: images,
+		node:   &node{cfg: cfg, host: host, supervisor: supervisor, network: network, pods: pods},
+		close:  closeAll,
+	}, nil
+}
+
+func openNetwork(ctx context.Context, cfg *config.Config, closers *[]func() error) (*builtin.Network, *cni.Selector, error) {
+	pool := cfg.Network.Pool
+	if pool == 0 {
+		pool = -1 // none; 0 would be the package's default
+	}
+	pods, err := builtin.Open(ctx, builtin.Config{
+		StateDir: filepath.Join(cfg.State, "network"),
+		Subnets:  prefixes(cfg.Network.Subnets),
+		Unmasked: prefixes(cfg.Network.Unmasked),
+		MTU:      cfg.Network.MTU,
+		PoolSize: pool,
+	})
+	if err != nil {
+		return nil, nil, fmt.Errorf("built-in network: %w", err)
+	}
+	*closers = append(*closers, pods.Close)
+	network, err := cni.Open(ctx, cni.Config{
+		ConfDir:  cfg.CNIConfDir,
+		BinDir:   cfg.CNIBinDir,
+		StateDir: filepath.Join(cfg.State, "cni"),
+		Default:  pods,
+	})
+	if err != nil {
+		return nil, nil, fmt.Errorf("cni: %w", err)
+	}
+	*closers = append(*closers, network.Close)
+	return pods, network, nil
+}
+
+// prefixes parses what config.Validate has checked.
+func prefixes(list []string) []netip.Prefix {
+	var out []netip.Prefix
+	for _, s := range list {
+		out = append(out, netip.MustParsePrefix(s))
+	}
+	return out
+}
+
+// findSupervisor is the configured binary, or the one beside this program, or
+// the one in PATH.
+func findSupervisor(configured string) (string, error) {
+	const name = "berth-supervisor"
+	if configured != "" {
+		if _, err := os.Stat(configured); err != nil {
+			return "", fmt.Errorf("runtime.supervisor: %w", err)
+		}
+		return configured, nil
+	}
+	if self, err := os.Executable(); err == nil {
+		beside := filepath.Join(filepath.Dir(self), name)
+		if st, err := os.Stat(beside); err == nil && st.Mode()&0o111 != 0 {
+			return beside, nil
+		}
+	}
+	path, err := exec.LookPath(name)
+	if err != nil {
+		return "", fmt.Errorf("%s is neither beside berthd nor in PATH; install it there or set runtime.supervisor: %w", name, errdefs.ErrFailedPrecondition)
+	}
+	return path, nil
+}
