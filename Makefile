@@ -2,7 +2,7 @@
 export CGO_ENABLED = 0
 VERSION ?= 0.1.0
 COMMIT  := $(shell git rev-parse --short HEAD 2>/dev/null)
-LDFLAGS := -s -w -X github.com/berth-runtime/berth/internal/version.commit=$(COMMIT)
+LDFLAGS := -s -w -X github.com/berth-runtime/berth/internal/version.Commit=$(COMMIT)
 PREFIX  ?= /usr/local
 BINS    := berthd berth-supervisor berth-oci berth
 
