@@ -1,39 +1,25 @@
 package main
 
 import (
-	"context"
-	"fmt"
 	"os"
-	"time"
 
 	"github.com/berth-runtime/berth/cri"
 	"github.com/berth-runtime/berth/internal/config"
 	"github.com/berth-runtime/berth/internal/version"
-	"github.com/berth-runtime/berth/sandbox"
 	"github.com/berth-runtime/berth/sandbox/spec"
 )
 
 // node answers for the node as a whole (cri.Node).
 type node struct {
-	cfg        *config.Config
-	host       spec.Host
-	supervisor sandbox.RuntimeFDs
-	network    sandbox.Network
-	pods       interface{ SetPodCIDR(string) error }
+	cfg     *config.Config
+	host    spec.Host
+	engine  interface{ Ready() error }
+	network interface{ Ready() error }
+	pods    interface{ SetPodCIDR(string) error }
 }
 
-// askTimeout is well below the 5 s in which kubelets ask again.
-const askTimeout = 2 * time.Second
-
-// RuntimeReady is nil when the supervisor answers, which starts containers.
-func (n *node) RuntimeReady() error {
-	ctx, cancel := context.WithTimeout(context.Background(), askTimeout)
-	defer cancel()
-	if _, err := n.supervisor.ListFDs(ctx); err != nil {
-		return fmt.Errorf("supervisor: %w", err)
-	}
-	return nil
-}
+// RuntimeReady is nil when containers can be run.
+func (n *node) RuntimeReady() error { return n.engine.Ready() }
 
 // NetworkReady is nil when pods can be attached.
 func (n *node) NetworkReady() error { return n.network.Ready() }
@@ -46,9 +32,10 @@ func (n *node) SetPodCIDR(cidr string) error { return n.pods.SetPodCIDR(cidr) }
 // parents that the kubelet names as paths.
 func (n *node) CgroupDriverSystemd() bool { return false }
 
-// Handlers is the default handler.
+// Handlers are the default handler and the same one under its name.
 func (n *node) Handlers() []cri.Handler {
-	return []cri.Handler{{RecursiveReadOnlyMounts: n.host.RecursiveReadonly}}
+	rro := n.host.RecursiveReadonly
+	return []cri.Handler{{Name: "", RecursiveReadOnlyMounts: rro}, {Name: version.Name, RecursiveReadOnlyMounts: rro}}
 }
 
 // Info is the daemon's configuration for verbose Status. Tools read stateDir.

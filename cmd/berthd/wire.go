@@ -75,16 +75,12 @@ func open(ctx context.Context, cfg *config.Config, m *metrics) (_ *parts, err er
 		FDs:     supervisor,
 		Policy:  spec.Policy{TolerateMissingHugetlb: true},
 		Host:    &host,
-		Trace:   m.observeStep(),
+		Observe: m.observeStep(),
 	})
 	if err != nil {
 		return nil, fmt.Errorf("engine: %w", err)
 	}
-	closers = append(closers, func() error {
-		ctx, cancel := context.WithTimeout(context.Background(), stopTimeout)
-		defer cancel()
-		return engine.Close(ctx)
-	})
+	closers = append(closers, engine.Close)
 	// Containers have claimed their images again: what is left over can go.
 	if err := images.Sweep(ctx); err != nil {
 		return nil, fmt.Errorf("images: %w", err)
@@ -92,7 +88,7 @@ func open(ctx context.Context, cfg *config.Config, m *metrics) (_ *parts, err er
 	return &parts{
 		engine: engine,
 		images: images,
-		node:   &node{cfg: cfg, host: host, supervisor: supervisor, network: network, pods: pods},
+		node:   &node{cfg: cfg, host: host, engine: engine, network: network, pods: pods},
 		close:  closeAll,
 	}, nil
 }
