@@ -1,0 +1,162 @@
+package client
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"sync"
+	"syscall"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"golang.org/x/sys/unix"
+
+	"github.com/berth-runtime/berth/oci/supervisor/wire"
+)
+
+const (
+	socketName = "supervisor.sock"
+	logName    = "supervisor.log"
+	spawnTime  = 10 * time.Second
+	helloTime  = 5 * time.Second
+)
+
+// connect dials the supervisor and starts it when nobody listens.
+func connect(ctx context.Context, cfg Config) (*wire.Conn, error) {
+	conn, err := dial(cfg.StateDir)
+	if err == nil {
+		return conn, nil
+	}
+	if !absent(err) || cfg.Binary == "" {
+		return nil, err
+	}
+	ended, err := spawn(cfg)
+	if err != nil {
+		return nil, err
+	}
+	// One that was starting already, or has not quite ended, wins the lock: the
+	// socket decides, not the process that we started.
+	deadline := time.Now().Add(spawnTime)
+	for pause := time.Millisecond; ; pause = min(2*pause, 50*time.Millisecond) {
+		select {
+		case <-ctx.Done():
+			return nil, fmt.Errorf("supervisor: %w", ctx.Err())
+		case werr := <-ended:
+			if conn, err := dial(cfg.StateDir); err == nil {
+				return conn, nil
+			}
+			return nil, fmt.Errorf("supervisor: %s ended at its start, see %s: %w: %w", cfg.Binary,
+				filepath.Join(cfg.StateDir, logName), werr, errdefs.ErrUnavailable)
+		case <-time.After(pause):
+		}
+		conn, err := dial(cfg.StateDir)
+		if err == nil {
+			return conn, nil
+		}
+		if !absent(err) || time.Now().After(deadline) {
+			return nil, err
+		}
+	}
+}
+
+// absent tells whether a dial found nobody, or one who is just leaving.
+func absent(err error) bool {
+	for _, e := range []error{unix.ENOENT, unix.ECONNREFUSED, unix.ECONNRESET, unix.EPIPE, errLeft} {
+		if errors.Is(err, e) {
+			return true
+		}
+	}
+	return false
+}
+
+var errLeft = errors.New("supervisor closed the connection")
+
+func dial(state string) (*wire.Conn, error) {
+	path := filepath.Join(state, socketName)
+	fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return nil, fmt.Errorf("supervisor: socket: %w", err)
+	}
+	if err := unix.Connect(fd, &unix.SockaddrUnix{Name: path}); err != nil {
+		_ = unix.Close(fd)
+		return nil, fmt.Errorf("supervisor: connect %s: %w: %w", path, err, errdefs.ErrUnavailable)
+	}
+	conn, err := wire.NewConn(fd)
+	if err != nil {
+		return nil, err
+	}
+	if err := hello(conn); err != nil {
+		_ = conn.Close()
+		return nil, err
+	}
+	return conn, nil
+}
+
+func hello(conn *wire.Conn) error {
+	body, err := json.Marshal(wire.Hello{Version: wire.Version, Events: true})
+	if err != nil {
+		return err
+	}
+	limit := time.Now().Add(helloTime)
+	_ = conn.SetSendDeadline(limit)
+	_ = conn.SetRecvDeadline(limit)
+	if err := conn.Send(wire.Frame{ID: 1, Op: wire.OpHello, Body: body}); err != nil {
+		return fmt.Errorf("supervisor: hello: %w: %w: %w", err, errLeft, errdefs.ErrUnavailable)
+	}
+	for {
+		f, files, err := conn.Recv()
+		if err != nil {
+			if !errors.Is(err, os.ErrDeadlineExceeded) && !errors.Is(err, wire.ErrProtocol) {
+				err = fmt.Errorf("%w: %w", err, errLeft)
+			}
+			return fmt.Errorf("supervisor: hello: %w: %w", err, errdefs.ErrUnavailable)
+		}
+		closeAll(files)
+		if f.ID != 1 {
+			continue // an exit that was quicker; the list that follows has it
+		}
+		_ = conn.SetRecvDeadline(time.Time{})
+		if f.Err != nil {
+			return f.Err
+		}
+		return nil
+	}
+}
+
+// spawning keeps two clients of one process from starting two supervisors.
+var spawning sync.Mutex
+
+// spawn starts the supervisor in a session of its own. It must outlive us, so
+// nothing ties it to us but the reaping, which ends with either of us.
+func spawn(cfg Config) (<-chan error, error) {
+	spawning.Lock()
+	defer spawning.Unlock()
+	if err := os.MkdirAll(cfg.StateDir, 0o700); err != nil {
+		return nil, fmt.Errorf("supervisor: state directory: %w", err)
+	}
+	log, err := os.OpenFile(filepath.Join(cfg.StateDir, logName), os.O_WRONLY|os.O_CREATE|os.O_APPEND|unix.O_NOFOLLOW, 0o600)
+	if err != nil {
+		return nil, fmt.Errorf("supervisor: log: %w", err)
+	}
+	defer log.Close()
+	cmd := exec.Command(cfg.Binary, "--state", cfg.StateDir)
+	cmd.Dir = "/"
+	cmd.Stdout, cmd.Stderr = log, log
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
+	if err := cmd.Start(); err != nil {
+		return nil, fmt.Errorf("supervisor: %w: %w", err, errdefs.ErrUnavailable)
+	}
+	ended := make(chan error, 1)
+	go func() {
+		err := cmd.Wait()
+		if err == nil {
+			err = errLeft
+		}
+		ended <- err
+	}()
+	return ended, nil
+}

@@ -1,0 +1,248 @@
+package supervisor
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"runtime/debug"
+	"sync"
+	"sync/atomic"
+
+	"github.com/containerd/errdefs"
+	"golang.org/x/sys/unix"
+
+	"github.com/berth-runtime/berth/oci/supervisor/wire"
+)
+
+// queueLimit is how many bytes of answers may wait for a client that does not
+// read; beyond it the connection is closed and the client has to come back.
+const queueLimit = 64 << 20
+
+// conn is a client's connection. A reader goroutine starts one goroutine per
+// request; a writer goroutine sends what they queue, so that a client that
+// stopped reading holds up nobody.
+type conn struct {
+	s      *Server
+	wire   *wire.Conn
+	events atomic.Bool
+
+	mu     sync.Mutex
+	queue  []message
+	size   int
+	closed bool
+	wake   chan struct{}
+}
+
+type message struct {
+	bytes []byte
+	files []*os.File // ours, closed after sending
+}
+
+// accept serves connections until the listener is closed.
+func (s *Server) accept() {
+	raw, err := s.listener.SyscallConn()
+	if err != nil {
+		s.log.Error("accept", "error", err)
+		return
+	}
+	for {
+		var fd int
+		var aerr error
+		err := raw.Read(func(l uintptr) bool {
+			fd, _, aerr = unix.Accept4(int(l), unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK)
+			return aerr != unix.EAGAIN
+		})
+		if err != nil {
+			return // closed
+		}
+		if aerr != nil {
+			if aerr != unix.EINTR && aerr != unix.ECONNABORTED {
+				s.log.Error("accept", "error", aerr)
+				pauseAfter(aerr)
+			}
+			continue
+		}
+		if err := checkPeer(fd); err != nil {
+			s.log.Warn("connection refused", "error", err)
+			_ = unix.Close(fd)
+			continue
+		}
+		w, err := wire.NewConn(fd)
+		if err != nil {
+			s.log.Error("accept", "error", err)
+			continue
+		}
+		c := &conn{s: s, wire: w, wake: make(chan struct{}, 1)}
+		s.mu.Lock()
+		s.conns[c] = struct{}{}
+		ending := s.ending
+		s.mu.Unlock()
+		if ending {
+			c.close()
+		}
+		s.touch()
+		s.goNamed("send", c.send)
+		s.goNamed("receive", c.receive)
+	}
+}
+
+func checkPeer(fd int) error {
+	cred, err := unix.GetsockoptUcred(fd, unix.SOL_SOCKET, unix.SO_PEERCRED)
+	if err != nil {
+		return err
+	}
+	if cred.Uid != 0 {
+		return fmt.Errorf("peer pid %d has uid %d, want 0: %w", cred.Pid, cred.Uid, errdefs.ErrPermissionDenied)
+	}
+	return nil
+}
+
+func (c *conn) close() {
+	c.mu.Lock()
+	c.closed = true
+	queue := c.queue
+	c.queue = nil
+	c.mu.Unlock()
+	for _, m := range queue {
+		closeAll(m.files)
+	}
+	_ = c.wire.Close()
+	c.signal()
+}
+
+func (c *conn) signal() {
+	select {
+	case c.wake <- struct{}{}:
+	default:
+	}
+}
+
+func (c *conn) receive() {
+	defer func() {
+		c.close()
+		c.s.mu.Lock()
+		delete(c.s.conns, c)
+		c.s.mu.Unlock()
+		c.s.touch()
+	}()
+	for {
+		f, files, err := c.wire.Recv()
+		if err != nil {
+			if err != io.EOF && !errors.Is(err, os.ErrClosed) && !errors.Is(err, unix.ECONNRESET) {
+				c.s.log.Warn("connection", "error", err)
+			}
+			return
+		}
+		go c.serve(f, files)
+	}
+}
+
+// serve answers one request.
+func (c *conn) serve(f wire.Frame, files []*os.File) {
+	defer closeAll(files)
+	var after func()
+	replied := false
+	defer func() {
+		if p := recover(); p != nil {
+			c.s.log.Error("panic", "in", string(f.Op), "panic", p, "stack", string(debug.Stack()))
+			if !replied {
+				c.reply(f.ID, nil, nil, fmt.Errorf("%s: panic: %v: %w", f.Op, p, errdefs.ErrInternal))
+			}
+		}
+	}()
+	body, out, after, err := c.handle(f, files)
+	replied = true
+	c.reply(f.ID, body, out, err)
+	if after != nil {
+		after()
+	}
+}
+
+// reply queues the answer; files are taken over.
+func (c *conn) reply(n uint64, body any, files []*os.File, err error) {
+	f := wire.Frame{ID: n, Err: wire.ToError(err)}
+	if err == nil && body != nil {
+		text, merr := json.Marshal(body)
+		if merr != nil {
+			f.Err = wire.ToError(merr)
+		}
+		f.Body = text
+	}
+	b, eerr := wire.Encode(f, len(files))
+	if eerr != nil {
+		closeAll(files)
+		files = nil
+		if b, eerr = wire.Encode(wire.Frame{ID: n, Err: wire.ToError(eerr)}, 0); eerr != nil {
+			c.close()
+			return
+		}
+	}
+	c.post(message{b, files})
+}
+
+// notify queues an exit notification.
+func (c *conn) notify(e any) {
+	text, err := json.Marshal(e)
+	if err != nil {
+		return
+	}
+	b, err := wire.Encode(wire.Frame{Op: wire.OpExit, Body: text}, 0)
+	if err != nil {
+		return
+	}
+	c.post(message{bytes: b})
+}
+
+func (c *conn) post(m message) {
+	c.mu.Lock()
+	if c.closed {
+		c.mu.Unlock()
+		closeAll(m.files)
+		return
+	}
+	c.queue = append(c.queue, m)
+	c.size += len(m.bytes)
+	over := c.size > queueLimit
+	c.mu.Unlock()
+	if over {
+		c.s.log.Warn("connection closed: its client does not read")
+		c.close()
+		return
+	}
+	c.signal()
+}
+
+func (c *conn) send() {
+	for {
+		c.mu.Lock()
+		queue, closed := c.queue, c.closed
+		c.queue, c.size = nil, 0
+		c.mu.Unlock()
+		if closed {
+			for _, m := range queue {
+				closeAll(m.files)
+			}
+			return
+		}
+		for _, m := range queue {
+			err := c.wire.SendEncoded(m.bytes, m.files...)
+			closeAll(m.files)
+			if err != nil {
+				c.close() // the rest fails at once and its files are closed
+			}
+		}
+		if len(queue) == 0 {
+			<-c.wake
+		}
+	}
+}
+
+func closeAll(files []*os.File) {
+	for _, f := range files {
+		if f != nil {
+			_ = f.Close()
+		}
+	}
+}

@@ -1,0 +1,345 @@
+package supervisor
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"sync"
+	"time"
+
+	"github.com/containerd/errdefs"
+
+	"github.com/berth-runtime/berth/internal/id"
+	"github.com/berth-runtime/berth/oci"
+	"github.com/berth-runtime/berth/oci/supervisor/crilog"
+	"github.com/berth-runtime/berth/oci/supervisor/wire"
+)
+
+const (
+	drainTime  = time.Second      // for output of processes that outlive the container's cgroup
+	deleteTime = 10 * time.Second // for killed processes to end; one in uninterruptible sleep may take longer
+	treeTime   = 2 * time.Second
+)
+
+// container is one container from Create to Delete.
+//
+// Locks: life is outside mu. life serialises Start and Delete of the runtime
+// against its other methods and may be held for long; mu guards the fields and
+// is held for moments. Neither is ever needed by another container.
+type container struct {
+	id        id.Container
+	hash      [32]byte // of the Create body: tells a retry from a second container
+	stdin     bool
+	stdinOnce bool
+
+	made    chan struct{} // closed when Create has ended
+	makeErr error         // set before made is closed
+	oci     oci.Container // set before made is closed
+
+	life sync.RWMutex
+
+	mu        sync.Mutex
+	starting  bool
+	first     *process // set by Start
+	log       *crilog.Log
+	stdinEnd  *os.File // our end of the stdin pipe
+	startedAt time.Time
+	exit      *wire.Exit
+	cgroups   map[string]string // of the first process when it started
+	execs     map[id.Exec]*exec
+	deleting  *deletion
+
+	attached attachers
+}
+
+// deletion is a running Delete that concurrent calls join.
+type deletion struct {
+	done chan struct{}
+	err  error
+}
+
+func (c *container) info() (wire.Info, bool) {
+	select {
+	case <-c.made:
+	default:
+		return wire.Info{}, false // not created yet
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	i := wire.Info{ID: c.id, State: wire.Created, StartedAt: c.startedAt, Exit: c.exit}
+	if c.first != nil {
+		i.State, i.Pid = wire.Running, c.first.pid
+	}
+	if c.exit != nil {
+		i.State = wire.Exited
+	}
+	return i, c.makeErr == nil
+}
+
+// running returns the first process, or an error when there is none.
+func (c *container) running() (*process, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	switch {
+	case c.first == nil:
+		return nil, fmt.Errorf("container %s is not started: %w", c.id, errdefs.ErrFailedPrecondition)
+	case c.exit != nil:
+		return nil, fmt.Errorf("container %s has exited: %w", c.id, errdefs.ErrFailedPrecondition)
+	}
+	return c.first, nil
+}
+
+// start runs the program. watch must be called after the reply was queued, so
+// that the exit never overtakes it.
+func (c *container) start(s *Server, r wire.Start) (_ wire.StartReply, watch func(), err error) {
+	c.mu.Lock()
+	if c.starting || c.deleting != nil {
+		c.mu.Unlock()
+		return wire.StartReply{}, nil, fmt.Errorf("container %s: already started or being deleted: %w", c.id, errdefs.ErrFailedPrecondition)
+	}
+	c.starting = true
+	c.mu.Unlock()
+
+	io, err := c.openStdio(r.LogPath)
+	if err != nil {
+		c.mu.Lock()
+		c.starting = false // nothing was tried yet: a retry with a better path may succeed
+		c.mu.Unlock()
+		return wire.StartReply{}, nil, err
+	}
+	c.life.Lock()
+	forked := s.children.forking()
+	p, err := c.oci.Start(context.Background(), io.child)
+	if err == nil {
+		s.children.add(p.Pid)
+	}
+	forked()
+	c.life.Unlock()
+	io.closeChild()
+	if err != nil {
+		io.closeOurs()
+		return wire.StartReply{}, nil, err
+	}
+	first, err := s.adopt(p)
+	if err != nil {
+		io.closeOurs()
+		return wire.StartReply{}, nil, err
+	}
+	if p.Console != nil {
+		if err := io.useConsole(first, p.Console); err != nil {
+			s.log.Error("terminal of a container is lost", "container", string(c.id), "error", err)
+		}
+	}
+	cgroups := cgroupsOf(p.Pid)
+	c.mu.Lock()
+	c.first, c.log, c.stdinEnd = first, io.log, io.stdin
+	c.startedAt, c.cgroups = time.Now().UTC(), cgroups
+	reply := wire.StartReply{Pid: p.Pid, StartedAt: c.startedAt}
+	c.mu.Unlock()
+	for _, o := range io.outputs {
+		s.goNamed("output", func() {
+			if err := o.run(c.attached.deliver); err != nil {
+				s.log.Error("container output", "container", string(c.id), "stream", o.number, "error", err)
+			}
+		})
+	}
+	return reply, func() { s.goNamed("watch", func() { c.watch(s, first, io) }) }, nil
+}
+
+// watch waits for the end of the first process and publishes it.
+func (c *container) watch(s *Server, first *process, io *stdio) {
+	e := first.wait()
+	s.children.remove(first.pid)
+	e.ID = c.id
+	c.life.RLock()
+	// Whatever is left in the cgroup has lost its first process and would hold
+	// the output pipes open.
+	if err := c.oci.KillAll(); err != nil {
+		s.log.Warn("processes of an exited container", "container", string(c.id), "error", err)
+	}
+	if e.Signal == sigkill {
+		if n, err := c.oci.OOMKills(); err == nil && n > 0 {
+			e.OOMKilled = true
+		}
+	}
+	c.life.RUnlock()
+	for _, o := range io.outputs {
+		o.stop(drainTime)
+	}
+	c.attached.end()
+	if io.log != nil {
+		if n := io.log.Dropped(); n > 0 {
+			s.log.Warn("container log could not be written in full", "container", string(c.id), "bytes", n)
+		}
+		_ = io.log.Close()
+	}
+	c.mu.Lock()
+	if c.stdinEnd != nil {
+		_ = c.stdinEnd.Close()
+		c.stdinEnd = nil
+	}
+	c.exit = &e
+	c.mu.Unlock()
+	first.close()
+	close(first.done)
+	s.publish(e)
+}
+
+// exec starts a further process.
+func (c *container) exec(s *Server, owner *conn, r wire.Exec, io oci.Stdio) (_ wire.ExecReply, console *os.File, watch func(), err error) {
+	if _, err := c.running(); err != nil {
+		return wire.ExecReply{}, nil, nil, err
+	}
+	c.mu.Lock()
+	if _, ok := c.execs[r.Exec]; ok {
+		c.mu.Unlock()
+		return wire.ExecReply{}, nil, nil, fmt.Errorf("exec %s: %w", r.Exec, errdefs.ErrAlreadyExists)
+	}
+	c.mu.Unlock()
+	c.life.RLock()
+	forked := s.children.forking()
+	p, err := c.oci.Exec(context.Background(), r.Process, io)
+	if err == nil {
+		s.children.add(p.Pid)
+	}
+	forked()
+	c.life.RUnlock()
+	if err != nil {
+		return wire.ExecReply{}, nil, nil, err
+	}
+	proc, err := s.adopt(p)
+	if err != nil {
+		return wire.ExecReply{}, nil, nil, err
+	}
+	if p.Console != nil {
+		console = p.Console
+		if proc.console, err = dupFile(p.Console); err != nil {
+			s.log.Error("terminal of an exec is lost to resizing", "container", string(c.id), "error", err)
+		}
+	}
+	x := &exec{process: proc, id: r.Exec, owner: owner}
+	c.mu.Lock()
+	if c.execs == nil {
+		c.execs = map[id.Exec]*exec{}
+	}
+	c.execs[r.Exec] = x
+	late := c.deleting != nil
+	c.mu.Unlock()
+	if late { // Delete may have killed before this process was in the cgroup
+		_ = proc.signal(sigkill)
+	}
+	return wire.ExecReply{Pid: p.Pid}, console, func() { s.goNamed("watch", func() { c.watchExec(s, x) }) }, nil
+}
+
+func (c *container) watchExec(s *Server, x *exec) {
+	e := x.wait()
+	s.children.remove(x.pid)
+	e.ID, e.Exec = c.id, x.id
+	c.mu.Lock()
+	delete(c.execs, x.id)
+	c.mu.Unlock()
+	x.close()
+	close(x.done)
+	x.owner.notify(e)
+}
+
+// signal serves OpSignal.
+func (c *container) signal(r wire.Signal) error {
+	if r.All && r.Signal != sigkill {
+		return fmt.Errorf("signal %d: only SIGKILL (9) goes to all processes: %w", r.Signal, errdefs.ErrInvalidArgument)
+	}
+	if r.Exec != "" {
+		c.mu.Lock()
+		x := c.execs[r.Exec]
+		cgroups := c.cgroups
+		c.mu.Unlock()
+		if x == nil {
+			return fmt.Errorf("exec %s in container %s: %w", r.Exec, c.id, errdefs.ErrNotFound)
+		}
+		if !r.All {
+			return x.signal(r.Signal)
+		}
+		if err := killTree(x.process, cgroups, treeTime); err != nil {
+			return fmt.Errorf("exec %s: processes still there after SIGKILL: %w: %w", r.Exec, err, errdefs.ErrUnavailable)
+		}
+		return nil
+	}
+	if r.All {
+		c.life.RLock()
+		defer c.life.RUnlock()
+		return c.oci.KillAll()
+	}
+	p, err := c.running()
+	if err != nil {
+		return err
+	}
+	return p.signal(r.Signal)
+}
+
+// delete kills, waits and removes; concurrent calls join the running one.
+func (c *container) delete(s *Server) error {
+	<-c.made
+	if c.makeErr != nil {
+		return nil // Create left nothing
+	}
+	c.mu.Lock()
+	if d := c.deleting; d != nil {
+		c.mu.Unlock()
+		<-d.done
+		return d.err
+	}
+	d := &deletion{done: make(chan struct{})}
+	c.deleting = d
+	c.mu.Unlock()
+	d.err = errdefs.ErrInternal // stands when remove panics
+	defer close(d.done)
+	if d.err = c.remove(s); d.err != nil {
+		c.mu.Lock()
+		c.deleting = nil
+		c.mu.Unlock()
+		return d.err
+	}
+	s.forget(c)
+	return nil
+}
+
+func (c *container) remove(s *Server) error {
+	deadline := time.Now().Add(deleteTime)
+	for {
+		c.life.RLock()
+		kerr := c.oci.KillAll()
+		c.life.RUnlock()
+		c.mu.Lock()
+		var waits []*process
+		if c.first != nil {
+			waits = append(waits, c.first)
+		}
+		for _, x := range c.execs {
+			waits = append(waits, x.process)
+		}
+		c.mu.Unlock()
+		left := 0
+		for _, p := range waits {
+			if !p.exited() {
+				_ = p.signal(sigkill) // also when the cgroup cannot be killed
+			}
+			// A drain of the output takes at most drainTime.
+			select {
+			case <-p.done:
+			case <-time.After(drainTime + 200*time.Millisecond):
+				left++
+			}
+		}
+		if left == 0 {
+			break
+		}
+		if time.Now().After(deadline) {
+			return errors.Join(fmt.Errorf("container %s: %d processes do not end: %w", c.id, left, errdefs.ErrUnavailable), kerr)
+		}
+	}
+	c.attached.end()
+	c.life.Lock()
+	defer c.life.Unlock()
+	return c.oci.Delete()
+}

@@ -1,0 +1,279 @@
+// Package supervisor is the process that is parent of all containers of a node.
+// It forks them through oci.Runtime, owns their stdio and writes their logs,
+// keeps their exit records until they are deleted, and keeps descriptors for the
+// daemon. The daemon may die and come back at any time; clients speak package
+// wire to it.
+//
+// Locks: Server.mu guards the maps of containers, kept descriptors and
+// connections and is held for moments, never over a system call that can
+// block. A container has locks of its own (container.go). Order: container.mu,
+// then Server.mu; children.mu, attachers.mu and conn.mu are innermost.
+package supervisor
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"runtime/debug"
+	"sync"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"golang.org/x/sys/unix"
+
+	"github.com/berth-runtime/berth/internal/id"
+	"github.com/berth-runtime/berth/oci"
+	"github.com/berth-runtime/berth/oci/supervisor/wire"
+)
+
+const (
+	// SocketName is the socket's name in the state directory.
+	SocketName = "supervisor.sock"
+	// LockName is the name of the lock file, which holds the supervisor's pid.
+	LockName = "supervisor.lock"
+
+	idleTime = 5 * time.Second
+	sigkill  = int(unix.SIGKILL)
+)
+
+// Config configures a Server.
+type Config struct {
+	// StateDir holds socket and lock. It is made with mode 0700.
+	StateDir string
+	// Handlers are the runtimes by handler name; "" is the default one.
+	Handlers map[string]oci.Runtime
+	// Log takes what operators should know; nil means slog.Default.
+	Log *slog.Logger
+}
+
+// Server is the supervisor.
+type Server struct {
+	cfg      Config
+	log      *slog.Logger
+	lock     *os.File
+	listener *os.File
+	children *children
+	end      chan struct{} // closed when it is time to leave
+	endOnce  sync.Once
+
+	mu         sync.Mutex
+	containers map[id.Container]*container
+	kept       map[string]*os.File
+	conns      map[*conn]struct{}
+	idle       *time.Timer
+	ending     bool
+}
+
+// New takes the lock of the state directory and listens. It fails with
+// errdefs.ErrAlreadyExists when another supervisor keeps the lock.
+func New(cfg Config) (_ *Server, err error) {
+	s := &Server{
+		cfg: cfg, log: cfg.Log, children: newChildren(), end: make(chan struct{}),
+		containers: map[id.Container]*container{}, kept: map[string]*os.File{}, conns: map[*conn]struct{}{},
+	}
+	if s.log == nil {
+		s.log = slog.Default()
+	}
+	if !filepath.IsAbs(cfg.StateDir) {
+		return nil, fmt.Errorf("state directory %q: want an absolute path: %w", cfg.StateDir, errdefs.ErrInvalidArgument)
+	}
+	if err := os.MkdirAll(cfg.StateDir, 0o700); err != nil {
+		return nil, fmt.Errorf("state directory: %w", err)
+	}
+	if err := os.Chmod(cfg.StateDir, 0o700); err != nil {
+		return nil, fmt.Errorf("state directory: %w", err)
+	}
+	if s.lock, err = takeLock(filepath.Join(cfg.StateDir, LockName)); err != nil {
+		return nil, err
+	}
+	if s.listener, err = listen(filepath.Join(cfg.StateDir, SocketName)); err != nil {
+		return nil, errors.Join(err, s.lock.Close())
+	}
+	return s, nil
+}
+
+// Serve makes the process the subreaper of its descendants and serves until it
+// is idle for 5 seconds, gets SIGTERM while no container runs, or ctx ends.
+// Containers that run when ctx ends keep running. A Server serves once.
+func (s *Server) Serve(ctx context.Context) error {
+	leave, err := becomeSupervisor(s.log)
+	if err != nil {
+		return errors.Join(err, s.shut())
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	var own sync.WaitGroup
+	own.Go(func() { s.children.reapOrphans(ctx) })
+	own.Go(func() { s.watchTerm(ctx) })
+	own.Go(s.accept)
+	s.touch()
+	s.log.Info("supervisor serves", "pid", os.Getpid(), "state", s.cfg.StateDir)
+	select {
+	case <-s.end:
+	case <-ctx.Done():
+	}
+	err = s.shut()
+	cancel()
+	own.Wait()
+	leave()
+	return err
+}
+
+// shut closes the socket, all connections and the lock, in this order: whoever
+// gets the lock next finds no socket of ours.
+func (s *Server) shut() error {
+	err := errors.Join(os.Remove(filepath.Join(s.cfg.StateDir, SocketName)), s.listener.Close())
+	s.mu.Lock()
+	s.ending = true
+	if s.idle != nil {
+		s.idle.Stop()
+	}
+	for c := range s.conns {
+		c.close()
+	}
+	s.mu.Unlock()
+	return errors.Join(err, s.lock.Close())
+}
+
+func (s *Server) leave() { s.endOnce.Do(func() { close(s.end) }) }
+
+// touch is called whenever the supervisor may have become idle or busy.
+func (s *Server) touch() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.ending {
+		return
+	}
+	if s.idle != nil {
+		s.idle.Stop()
+		s.idle = nil
+	}
+	if s.unused() {
+		s.idle = time.AfterFunc(idleTime, func() {
+			s.mu.Lock()
+			unused := s.unused()
+			s.mu.Unlock()
+			if unused {
+				s.leave()
+			}
+		})
+	}
+}
+
+func (s *Server) unused() bool { return len(s.containers)+len(s.kept)+len(s.conns) == 0 }
+
+// goNamed runs f; a panic in it is logged and does not end the containers' parent.
+func (s *Server) goNamed(name string, f func()) {
+	go func() {
+		defer func() {
+			if p := recover(); p != nil {
+				s.log.Error("panic", "in", name, "panic", p, "stack", string(debug.Stack()))
+			}
+		}()
+		f()
+	}()
+}
+
+// adopt makes a process of what a runtime started. When that cannot be done the
+// child is killed and reaped.
+func (s *Server) adopt(p oci.Process) (*process, error) {
+	proc, err := newProcess(p)
+	if err == nil {
+		return proc, nil
+	}
+	_ = control(p.PidFD, func(fd int) error { return unix.PidfdSendSignal(fd, unix.SIGKILL, nil, 0) })
+	for {
+		if _, werr := unix.Wait4(p.Pid, nil, unix.WALL, nil); werr != unix.EINTR {
+			break
+		}
+	}
+	s.children.remove(p.Pid)
+	_ = p.PidFD.Close()
+	if p.Console != nil {
+		_ = p.Console.Close()
+	}
+	return nil, err
+}
+
+// publish sends an exit record to every connection that asked for events.
+func (s *Server) publish(e wire.Exit) {
+	s.mu.Lock()
+	conns := make([]*conn, 0, len(s.conns))
+	for c := range s.conns {
+		conns = append(conns, c)
+	}
+	s.mu.Unlock()
+	for _, c := range conns {
+		if c.events.Load() {
+			c.notify(e)
+		}
+	}
+}
+
+func (s *Server) find(c id.Container) (*container, error) {
+	s.mu.Lock()
+	found := s.containers[c]
+	s.mu.Unlock()
+	if found == nil {
+		return nil, fmt.Errorf("container %s: %w", c, errdefs.ErrNotFound)
+	}
+	<-found.made
+	if found.makeErr != nil {
+		return nil, fmt.Errorf("container %s: %w", c, errdefs.ErrNotFound)
+	}
+	return found, nil
+}
+
+func (s *Server) forget(c *container) {
+	s.mu.Lock()
+	if s.containers[c.id] == c {
+		delete(s.containers, c.id)
+	}
+	s.mu.Unlock()
+	s.touch()
+}
+
+func (s *Server) list() []wire.Info {
+	s.mu.Lock()
+	all := make([]*container, 0, len(s.containers))
+	for _, c := range s.containers {
+		all = append(all, c)
+	}
+	s.mu.Unlock()
+	out := make([]wire.Info, 0, len(all))
+	for _, c := range all {
+		if i, ok := c.info(); ok {
+			out = append(out, i)
+		}
+	}
+	return out
+}
+
+// terminate serves SIGTERM: it ends the supervisor unless a container runs.
+func (s *Server) terminate() {
+	running := 0
+	for _, i := range s.list() {
+		if i.State == wire.Running {
+			running++
+		}
+	}
+	if running > 0 {
+		s.log.Warn("SIGTERM is ignored while containers run; stop them first", "running", running)
+		return
+	}
+	s.mu.Lock()
+	all := make([]*container, 0, len(s.containers))
+	for _, c := range s.containers {
+		all = append(all, c)
+	}
+	s.mu.Unlock()
+	for _, c := range all {
+		if err := c.delete(s); err != nil {
+			s.log.Error("container is left behind", "container", string(c.id), "error", err)
+		}
+	}
+	s.leave()
+}

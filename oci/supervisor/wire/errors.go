@@ -1,0 +1,54 @@
+package wire
+
+import (
+	"errors"
+
+	"github.com/containerd/errdefs"
+	"golang.org/x/sys/unix"
+)
+
+// kinds pairs the words of the protocol with the error kinds of the house. The
+// first match is sent; a word that is not listed is read as internal.
+var kinds = []struct {
+	word string
+	kind error
+}{
+	{"not-found", errdefs.ErrNotFound},
+	{"invalid", errdefs.ErrInvalidArgument},
+	{"exists", errdefs.ErrAlreadyExists},
+	{"precondition", errdefs.ErrFailedPrecondition},
+	{"denied", errdefs.ErrPermissionDenied},
+	{"unimplemented", errdefs.ErrNotImplemented},
+	{"unavailable", errdefs.ErrUnavailable},
+	{"exhausted", errdefs.ErrResourceExhausted},
+	{"internal", errdefs.ErrInternal},
+}
+
+// ToError puts err into the words of the protocol; nil for nil.
+func ToError(err error) *Error {
+	if err == nil {
+		return nil
+	}
+	for _, k := range kinds {
+		if errors.Is(err, k.kind) {
+			return &Error{Kind: k.word, Text: err.Error()}
+		}
+	}
+	if errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EMFILE) || errors.Is(err, unix.ENFILE) || errors.Is(err, unix.ENOMEM) {
+		return &Error{Kind: "exhausted", Text: err.Error()}
+	}
+	return &Error{Kind: "internal", Text: err.Error()}
+}
+
+// Error is the text of the sender, unchanged.
+func (e *Error) Error() string { return e.Text }
+
+// Unwrap returns the errdefs kind.
+func (e *Error) Unwrap() error {
+	for _, k := range kinds {
+		if k.word == e.Kind {
+			return k.kind
+		}
+	}
+	return errdefs.ErrInternal
+}
