@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/containerd/errdefs"
+	"github.com/moby/sys/mountinfo"
 	"k8s.io/klog/v2"
 
 	"github.com/berth-runtime/berth/internal/id"
@@ -51,7 +52,7 @@ type Engine struct {
 	cfg        Config
 	bootID     string
 	collector  *stats.Collector
-	cgroups    stats.Hierarchies
+	cgroups    []string // mount points of all cgroup hierarchies
 	podBook    *journal.Book
 	ctrBook    *journal.Book
 	ops        ops
@@ -94,10 +95,20 @@ func Open(ctx context.Context, cfg Config) (*Engine, error) {
 		return nil, fmt.Errorf("boot id: %w", err)
 	}
 	e.bootID = strings.TrimSpace(string(b))
-	if e.cgroups, err = stats.FindHierarchies(); err != nil {
+	hierarchies, err := stats.FindHierarchies()
+	if err != nil {
 		return nil, err
 	}
-	e.collector = stats.NewCollector(e.cgroups)
+	e.collector = stats.NewCollector(hierarchies)
+	mounts, err := mountinfo.GetMounts(func(m *mountinfo.Info) (skip, stop bool) {
+		return (m.FSType != "cgroup" && m.FSType != "cgroup2") || m.Root != "/", false
+	})
+	if err != nil {
+		return nil, fmt.Errorf("mount table: %w", err)
+	}
+	for _, m := range mounts {
+		e.cgroups = append(e.cgroups, m.Mountpoint)
+	}
 	if e.podBook, err = journal.Open(filepath.Join(cfg.Root, "sandboxes", "pods")); err != nil {
 		return nil, err
 	}

@@ -6,8 +6,8 @@ import (
 	"fmt"
 	"os"
 	"path"
+	"path/filepath"
 	"runtime/debug"
-	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -181,17 +181,8 @@ func (e *Engine) containersOf(p *pod) []*container {
 
 // removeCgroup removes an empty cgroup in every hierarchy.
 func (e *Engine) removeCgroup(dir string) {
-	roots := []string{e.cgroups.Unified}
-	for _, r := range e.cgroups.V1 {
-		roots = append(roots, r)
-	}
-	// name=systemd and the v2 hierarchy of a hybrid host carry the cgroup too, but
-	// no controller that the collector reads.
-	roots = append(roots, "/sys/fs/cgroup/systemd", "/sys/fs/cgroup/unified")
-	for _, r := range roots {
-		if r != "" {
-			_ = unix.Rmdir(r + "/" + strings.TrimPrefix(dir, "/"))
-		}
+	for _, root := range e.cgroups {
+		_ = unix.Rmdir(filepath.Join(root, dir)) // not there, or somebody else's is below it: stays
 	}
 }
 

@@ -64,6 +64,9 @@ func New(dir string, args ...string) (*Daemon, error) {
 			return nil, err
 		}
 	}
+	if err := d.Config(""); err != nil { // no defaults of the machine's own configuration
+		return nil, err
+	}
 	d.args = append([]string{
 		"--config", filepath.Join(dir, "config.toml"),
 		"--root", filepath.Join(dir, "root"), "--state", filepath.Join(dir, "run"), "--socket", d.Socket,

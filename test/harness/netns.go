@@ -36,16 +36,8 @@ func OwnNetwork() error {
 	if err := netlink.LinkSetUp(lo); err != nil {
 		return err
 	}
-	// An address that is neither loopback nor a pod's: the "node address".
-	dummy := &netlink.Dummy{LinkAttrs: netlink.LinkAttrs{Name: "node0"}}
-	if err := netlink.LinkAdd(dummy); err != nil {
-		return err
-	}
-	addr := &netlink.Addr{IPNet: &net.IPNet{IP: net.ParseIP(NodeIP), Mask: net.CIDRMask(24, 32)}}
-	if err := netlink.AddrAdd(dummy, addr); err != nil {
-		return err
-	}
-	return netlink.LinkSetUp(dummy)
+	// An address that is neither 127.0.0.0/8 nor a pod's: the "node address".
+	return netlink.AddrAdd(lo, &netlink.Addr{IPNet: &net.IPNet{IP: net.ParseIP(NodeIP), Mask: net.CIDRMask(32, 32)}})
 }
 
 // NodeIP is the address of the test's node inside its network namespace

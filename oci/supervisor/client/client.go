@@ -145,6 +145,9 @@ func (c *Client) run(l *link) {
 
 func (c *Client) reconnect() (*wire.Conn, error) {
 	for pause := 10 * time.Millisecond; ; pause = min(2*pause, time.Second) {
+		if c.ctx.Err() != nil {
+			return nil, c.ctx.Err()
+		}
 		if conn, err := connect(c.ctx, c.cfg); err == nil {
 			return conn, nil
 		}
