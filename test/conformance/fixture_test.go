@@ -57,7 +57,7 @@ func suite(m *testing.M) int {
 	if images, err = serveImages(dir); err != nil {
 		return fail("test images", err)
 	}
-	if node, err = harness.New(dir, "--log-level", "4"); err != nil {
+	if node, err = harness.New(dir, "--log-level", "debug"); err != nil {
 		return fail("daemon", err)
 	}
 	if err := node.Start(bg); err != nil {
