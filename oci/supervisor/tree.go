@@ -13,6 +13,7 @@ import (
 type stat struct {
 	pid, ppid, session int
 	zombie             bool
+	started            string // in clock ticks after boot: with pid, the identity of a process
 }
 
 // readStat reads /proc/<pid>/stat.
@@ -32,7 +33,7 @@ func parseStat(s string) (stat, bool) {
 		return stat{}, false
 	}
 	f := strings.Fields(s[end+1:])
-	if len(f) < 4 {
+	if len(f) < 20 {
 		return stat{}, false
 	}
 	pid, err1 := strconv.Atoi(strings.TrimSpace(s[:open]))
@@ -41,7 +42,7 @@ func parseStat(s string) (stat, bool) {
 	if err1 != nil || err2 != nil || err3 != nil {
 		return stat{}, false
 	}
-	return stat{pid: pid, ppid: ppid, session: session, zombie: f[0] == "Z" || f[0] == "X"}, true
+	return stat{pid: pid, ppid: ppid, session: session, zombie: f[0] == "Z" || f[0] == "X", started: f[19]}, true
 }
 
 func allStats() []stat {
@@ -155,8 +156,9 @@ func killTree(root *process, cgroups map[string]string, d time.Duration) error {
 }
 
 // killMember kills the process that s describes and reports whether it is one
-// to wait for. The pidfd is opened first and the facts are read again, so that a
-// pid that was reused meanwhile is left alone.
+// to wait for. The pidfd is opened first and the start time is read again, so that
+// a pid that was reused meanwhile is left alone. (Its session may have changed:
+// a process that was just forked often calls setsid.)
 func killMember(s stat, cgroups map[string]string) bool {
 	fd, err := unix.PidfdOpen(s.pid, 0)
 	if err != nil {
@@ -164,7 +166,7 @@ func killMember(s stat, cgroups map[string]string) bool {
 	}
 	defer unix.Close(fd)
 	now, ok := readStat(s.pid)
-	if !ok || now.session != s.session || !within(s.pid, cgroups) {
+	if !ok || now.started != s.started || !within(s.pid, cgroups) {
 		return false
 	}
 	return unix.PidfdSendSignal(fd, unix.SIGKILL, nil, 0) == nil

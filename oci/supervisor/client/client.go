@@ -144,19 +144,16 @@ func (c *Client) run(l *link) {
 }
 
 func (c *Client) reconnect() (*wire.Conn, error) {
-	for pause := 10 * time.Millisecond; ; pause = min(2*pause, time.Second) {
-		if c.ctx.Err() != nil {
-			return nil, c.ctx.Err()
-		}
+	for pause := 10 * time.Millisecond; c.ctx.Err() == nil; pause = min(2*pause, time.Second) {
 		if conn, err := connect(c.ctx, c.cfg); err == nil {
 			return conn, nil
 		}
 		select {
 		case <-c.ctx.Done():
-			return nil, c.ctx.Err()
 		case <-time.After(pause):
 		}
 	}
+	return nil, c.ctx.Err()
 }
 
 // read delivers what comes until the connection breaks.
