@@ -24,8 +24,9 @@ type container struct {
 	exited  chan struct{}                   // closed when its end is visible
 	ending  ending                          // how it is being stopped
 
-	mu  sync.Mutex
-	rec containerRecord // guarded by mu
+	mu      sync.Mutex
+	rec     containerRecord // guarded by mu
+	settled chan struct{}   // guarded by mu; made by a start, closed when its outcome is known
 }
 
 // containerRecord is the journal's view of a container.
@@ -99,7 +100,7 @@ func (e *Engine) stepContainerLocked(c *container, ev lifecycle.Event, change fu
 		switch f {
 		case lifecycle.Journal:
 			if err := e.ctrBook.Write(string(c.id), &rec); err != nil {
-				if !stays(ev) {
+				if !stays(c.rec.State, ev) {
 					return err
 				}
 				tell(err, "Container record is not written", "container", c.id)
@@ -107,15 +108,18 @@ func (e *Engine) stepContainerLocked(c *container, ev lifecycle.Event, change fu
 		case lifecycle.Publish:
 			c.status.Store(rec.status())
 		case lifecycle.Forget:
-			if err := e.ctrBook.Remove(string(c.id)); err != nil {
-				return err
-			}
+			tell(e.ctrBook.Remove(string(c.id)), "Container record is not removed", "container", c.id)
 			c.status.Store(nil)
 			e.dropContainer(c)
 		}
 	}
 	was := c.rec.State
 	c.rec = rec
+	if next == lifecycle.Starting {
+		c.settled = make(chan struct{})
+	} else if was == lifecycle.Starting && c.settled != nil {
+		close(c.settled)
+	}
 	if next == lifecycle.Exited && was != lifecycle.Exited {
 		close(c.exited)
 	}

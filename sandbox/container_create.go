@@ -36,9 +36,15 @@ func (e *Engine) CreateContainer(ctx context.Context, podRef string, c *Containe
 	key := fmt.Sprintf("create container %s (attempt %d) in pod sandbox %s", c.Meta.Name, c.Meta.Attempt, id.Short(p.id))
 	v, err := e.do(ctx, key, func(ctx context.Context) (any, error) {
 		for _, other := range e.containersOf(p) {
-			if s := other.status.Load(); s != nil && s.Config.Meta == c.Meta {
-				return other.id, nil
+			s := other.status.Load()
+			if s == nil || s.Config.Meta != c.Meta {
+				continue
 			}
+			if other.record().State == lifecycle.Removing {
+				return id.Container(""), fmt.Errorf("container %s attempt %d: exists as %s and is being removed; call again, or ask for the next attempt: %w",
+					c.Meta.Name, c.Meta.Attempt, id.Short(other.id), errdefs.ErrFailedPrecondition)
+			}
+			return other.id, nil
 		}
 		return e.createContainer(ctx, p, c)
 	})
@@ -88,9 +94,18 @@ func (e *Engine) createContainer(ctx context.Context, p *pod, cfg *ContainerConf
 	if err == nil {
 		return c.id, nil
 	}
-	e.cfg.Images.Release(string(c.id))
 	err = fmt.Errorf("container %s: %w", cfg.Meta.Name, err)
-	return "", errors.Join(err, undone, e.stepContainer(c, lifecycle.Failed, nil))
+	if undone != nil {
+		// The supervisor may still have it: it stays on record, unlisted, for the
+		// removal of its pod and the next daemon, and its image's layers stay.
+		return "", errors.Join(err, undone, e.stepContainer(c, lifecycle.Remove, nil))
+	}
+	e.cfg.Images.Release(string(c.id))
+	err = errors.Join(err, e.stepContainer(c, lifecycle.Failed, nil))
+	if rec := p.record(); rec.State == lifecycle.None && rec.OwnCgroup {
+		e.removeCgroup(rec.Cgroup) // the pod's removal found it in use
+	}
+	return "", err
 }
 
 // containerBuild is a container being made.

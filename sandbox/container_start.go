@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/containerd/errdefs"
+	"golang.org/x/sys/unix"
 
 	"github.com/berth-runtime/berth/internal/id"
 	"github.com/berth-runtime/berth/oci/supervisor/wire"
@@ -45,16 +46,30 @@ func (e *Engine) startContainer(ctx context.Context, c *container) error {
 	}
 	began := time.Now()
 	rec := c.record()
-	reply, err := e.launch(ctx, rec)
+	var reply wire.StartReply
+	var err error
+	// Looked at again now that a stop of the pod would find this start and wait for it.
+	if s := c.pod.record().State; s != lifecycle.Ready {
+		err = fmt.Errorf("pod sandbox %s: was stopped meanwhile: %w", id.Short(c.pod.id), errdefs.ErrFailedPrecondition)
+	} else {
+		reply, err = e.launch(ctx, rec)
+	}
 	if e.cfg.Observe != nil {
 		e.cfg.Observe("start container", "start", time.Since(began), err)
 	}
 	if err != nil {
 		err = fmt.Errorf("container %s: start: %w", rec.Config.Meta.Name, err)
 		// The program may run although the answer was lost: it must not go on.
-		_ = e.cfg.Runtime.Signal(context.WithoutCancel(ctx), wire.Signal{ID: c.id, Signal: 9, All: true})
+		kill, cancel := context.WithTimeout(context.WithoutCancel(ctx), signalLimit)
+		defer cancel()
+		_ = e.cfg.Runtime.Signal(kill, wire.Signal{ID: c.id, Signal: int(unix.SIGKILL), All: true})
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		if c.rec.State != lifecycle.Starting { // it ran and its end is known
+			return err
+		}
 		now := time.Now()
-		return errors.Join(err, e.stepContainer(c, lifecycle.StartFailed, func(r *containerRecord) {
+		return errors.Join(err, e.stepContainerLocked(c, lifecycle.StartFailed, func(r *containerRecord) {
 			r.ExitCode, r.Reason, r.Message = startErrorCode, reasonStartError, err.Error()
 			r.StartedAt, r.FinishedAt = now, now
 		}))
@@ -119,7 +134,10 @@ func (e *Engine) events() {
 		select {
 		case <-e.ctx.Done():
 			return
-		case x := <-e.cfg.Runtime.Exits():
+		case x, ok := <-e.cfg.Runtime.Exits():
+			if !ok { // the connection is closed for good
+				return
+			}
 			e.applyExit(x)
 		case <-e.cfg.Runtime.Resync():
 			tell(e.resync(e.ctx), "Containers could not be compared with the supervisor's")
@@ -146,9 +164,22 @@ func (e *Engine) applyExit(x wire.Exit) {
 // initEnded handles the end of a shared PID namespace's first process: the
 // kernel has killed everything in the namespace.
 func (e *Engine) initEnded(p *pod) {
-	if p.record().State != lifecycle.Ready {
+	switch p.record().State {
+	case lifecycle.Creating:
+		// Its maker is about to call it ready.
+		e.owned.Go(func() {
+			if release, err := p.slot.take(e.ctx); err == nil {
+				defer release()
+				if p.record().State == lifecycle.Ready {
+					e.initEnded(p)
+				}
+			}
+		})
+		return
+	case lifecycle.Ready:
+	default:
 		return
 	}
-	tell(e.stepPod(p, lifecycle.Lost, func(r *podRecord) { r.Reason = "the first process of its PID namespace ended" }),
+	tell(e.stepPod(p, lifecycle.Lost, func(r *podRecord) { r.Reason = lostInit }),
 		"Pod lost its first process", "pod", p.id)
 }

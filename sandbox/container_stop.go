@@ -2,6 +2,7 @@ package sandbox
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"sync"
@@ -19,6 +20,10 @@ import (
 // killAgain is how long a killed container may take to end before it is killed
 // again: processes forked during the first time are caught by the next.
 const killAgain = time.Second
+
+// signalLimit bounds one signal: a supervisor that hangs must not keep a
+// container from being killed when its grace is over.
+const signalLimit = 5 * time.Second
 
 // ending is how a container is being stopped: by all callers together, the
 // shortest grace wins, and the stop signal is sent once.
@@ -65,16 +70,11 @@ func (e *Engine) StopContainer(ctx context.Context, ref string, grace time.Durat
 }
 
 func (e *Engine) stop(ctx context.Context, c *container, grace time.Duration) error {
-	if s := c.record().State; s == lifecycle.Starting {
-		// Its program is being run: wait for the outcome.
-		release, err := c.slot.take(ctx)
-		if err != nil {
-			return err
-		}
-		release()
-	}
-	if c.record().State != lifecycle.Running {
+	if s := c.record().State; s != lifecycle.Running && s != lifecycle.Starting {
 		return nil
+	}
+	if e.ctx.Err() != nil {
+		return fmt.Errorf("%w: %w", errClosed, errdefs.ErrUnavailable)
 	}
 	if c.ending.ask(grace) {
 		e.owned.Go(func() { e.end(c) })
@@ -84,24 +84,40 @@ func (e *Engine) stop(ctx context.Context, c *container, grace time.Duration) er
 		return nil
 	case <-ctx.Done():
 		return fmt.Errorf("container %s: is still being stopped: %w", id.Short(c.id), ctx.Err())
+	case <-e.ctx.Done():
+		return fmt.Errorf("container %s: is still being stopped: %w: %w", id.Short(c.id), errClosed, errdefs.ErrUnavailable)
 	}
 }
 
 // end stops a container to the end, whoever still waits for it.
 func (e *Engine) end(c *container) {
-	rec := c.record()
+	c.mu.Lock()
+	rec, settled := c.rec, c.settled
+	c.mu.Unlock()
+	if rec.State == lifecycle.Starting && settled != nil { // its program is being run
+		select {
+		case <-settled:
+		case <-e.ctx.Done():
+			return
+		}
+	}
+	select {
+	case <-c.exited: // it could not be run, or has ended by itself
+		return
+	default:
+	}
 	if at, _ := c.ending.when(); time.Now().Before(at) {
 		sig, err := signalOf(rec.StopSignal)
 		if err != nil {
 			sig = unix.SIGTERM
 		}
-		tell(ended(e.cfg.Runtime.Signal(e.ctx, wire.Signal{ID: c.id, Signal: int(sig)})), "Stop signal", "container", c.id)
+		tell(ended(e.signal(c, wire.Signal{ID: c.id, Signal: int(sig)})), "Stop signal", "container", c.id)
 	}
 	for {
 		at, sooner := c.ending.when()
 		wait := time.Until(at)
 		if wait <= 0 {
-			tell(ended(e.cfg.Runtime.Signal(e.ctx, wire.Signal{ID: c.id, Signal: int(unix.SIGKILL), All: true})), "Kill", "container", c.id)
+			tell(ended(e.signal(c, wire.Signal{ID: c.id, Signal: int(unix.SIGKILL), All: true})), "Kill", "container", c.id)
 			wait = killAgain
 		}
 		t := time.NewTimer(wait)
@@ -117,6 +133,13 @@ func (e *Engine) end(c *container) {
 		case <-t.C:
 		}
 	}
+}
+
+// signal sends within signalLimit.
+func (e *Engine) signal(c *container, s wire.Signal) error {
+	ctx, cancel := context.WithTimeout(e.ctx, signalLimit)
+	defer cancel()
+	return e.cfg.Runtime.Signal(ctx, s)
 }
 
 // ended makes success of "there is nobody to signal".
@@ -155,6 +178,9 @@ func (e *Engine) removeContainer(ctx context.Context, c *container) error {
 	if c.record().State == lifecycle.None { // removed while this call waited
 		return nil
 	}
+	if err := e.stop(ctx, c, 0); err != nil { // started while this call waited
+		return err
+	}
 	if err := e.stepContainer(c, lifecycle.Remove, nil); err != nil {
 		return err
 	}
@@ -180,11 +206,23 @@ func (e *Engine) UpdateContainer(ctx context.Context, ref string, r *Resources) 
 	if err != nil {
 		return err
 	}
-	release, err := c.slot.take(ctx)
+	change, err := json.Marshal(r)
 	if err != nil {
 		return err
 	}
-	defer release()
+	key := fmt.Sprintf("update container %s to %s", id.Short(c.id), change)
+	_, err = e.do(ctx, key, func(ctx context.Context) (any, error) {
+		release, err := c.slot.take(ctx)
+		if err != nil {
+			return nil, err
+		}
+		defer release()
+		return nil, e.updateContainer(ctx, c, r)
+	})
+	return err
+}
+
+func (e *Engine) updateContainer(ctx context.Context, c *container, r *Resources) error {
 	rec := c.record()
 	if rec.State != lifecycle.Running && rec.State != lifecycle.Created {
 		return fmt.Errorf("container %s: is %s; its limits cannot be changed: %w", id.Short(c.id), word(rec.State), errdefs.ErrFailedPrecondition)
@@ -206,7 +244,8 @@ func (e *Engine) UpdateContainer(ctx context.Context, ref string, r *Resources) 
 	defer c.mu.Unlock()
 	c.rec.Resources = merge(c.rec.Resources, *r)
 	c.status.Store(c.rec.status())
-	return e.ctrBook.Write(string(c.id), &c.rec)
+	tell(e.ctrBook.Write(string(c.id), &c.rec), "Container record is not written", "container", c.id)
+	return nil
 }
 
 // merge is old with the set fields of update.

@@ -269,15 +269,19 @@ func (e *Engine) Pod(ref string) (*PodStatus, error) {
 // ListPods returns the pods that f selects, newest first.
 func (e *Engine) ListPods(f PodFilter) []*PodStatus {
 	var out []*PodStatus
+	matches := 0
 	for _, p := range e.view.Load().pods {
 		s := p.status.Load()
-		if s == nil || !strings.HasPrefix(string(s.ID), f.ID) || (f.State != nil && *f.State != s.State) || !selects(f.Labels, s.Config.Labels) {
+		if s == nil || !strings.HasPrefix(string(s.ID), f.ID) {
+			continue
+		}
+		if matches++; (f.State != nil && *f.State != s.State) || !selects(f.Labels, s.Config.Labels) {
 			continue
 		}
 		out = append(out, s)
 	}
-	if f.ID != "" && len(out) > 1 { // a prefix must be unique
-		out = nil
+	if f.ID != "" && matches > 1 { // a prefix must be unique, whatever else is asked for
+		return nil
 	}
 	return out
 }
@@ -297,16 +301,27 @@ func (e *Engine) Container(ref string) (*ContainerStatus, error) {
 // ListContainers returns the containers that f selects, newest first.
 func (e *Engine) ListContainers(f ContainerFilter) []*ContainerStatus {
 	var out []*ContainerStatus
-	for _, c := range e.view.Load().containers {
+	v := e.view.Load()
+	if f.Pod != "" {
+		p, err := byPrefix(v.pods, "pod sandbox", f.Pod, func(p *pod) string { return string(p.id) })
+		if err != nil {
+			return nil
+		}
+		f.Pod = string(p.id)
+	}
+	matches := 0
+	for _, c := range v.containers {
 		s := c.status.Load()
-		if s == nil || !strings.HasPrefix(string(s.ID), f.ID) || !strings.HasPrefix(string(s.Pod), f.Pod) ||
-			(f.State != nil && *f.State != s.State) || !selects(f.Labels, s.Config.Labels) {
+		if s == nil || !strings.HasPrefix(string(s.ID), f.ID) {
+			continue
+		}
+		if matches++; (f.Pod != "" && string(s.Pod) != f.Pod) || (f.State != nil && *f.State != s.State) || !selects(f.Labels, s.Config.Labels) {
 			continue
 		}
 		out = append(out, s)
 	}
-	if f.ID != "" && len(out) > 1 {
-		out = nil
+	if f.ID != "" && matches > 1 {
+		return nil
 	}
 	return out
 }
@@ -336,7 +351,11 @@ func tell(err error, msg string, kv ...any) {
 }
 
 // stays says whether an event is applied although its record cannot be written:
-// what has happened has happened, and stopping and removing must work on a full disk.
-func stays(ev lifecycle.Event) bool { return ev != lifecycle.Ask && ev != lifecycle.Start }
+// what has happened has happened, and stopping and removing must work on a full
+// disk. What is only asked for is refused, and so is the end of making: with a
+// record that says half-made, the next daemon would take a used pod down.
+func stays(from lifecycle.State, ev lifecycle.Event) bool {
+	return ev != lifecycle.Ask && ev != lifecycle.Start && !(from == lifecycle.Creating && ev == lifecycle.Made)
+}
 
 var errClosed = errors.New("the daemon is stopping")

@@ -8,6 +8,7 @@ import (
 	"path"
 	"path/filepath"
 	"runtime/debug"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -87,7 +88,7 @@ func (e *Engine) stepPod(p *pod, ev lifecycle.Event, change func(*podRecord)) er
 		switch f {
 		case lifecycle.Journal:
 			if err := e.podBook.Write(string(p.id), &rec); err != nil {
-				if !stays(ev) {
+				if !stays(p.rec.State, ev) {
 					return err
 				}
 				tell(err, "Pod record is not written", "pod", p.id)
@@ -95,9 +96,9 @@ func (e *Engine) stepPod(p *pod, ev lifecycle.Event, change func(*podRecord)) er
 		case lifecycle.Publish:
 			p.status.Store(rec.status())
 		case lifecycle.Forget:
-			if err := e.podBook.Remove(string(p.id)); err != nil {
-				return err
-			}
+			// A record that stays behind says half-made or going: the next daemon
+			// takes down what is gone already.
+			tell(e.podBook.Remove(string(p.id)), "Pod record is not removed", "pod", p.id)
 			p.status.Store(nil)
 			e.dropPod(p)
 		}
@@ -151,21 +152,32 @@ func fdKey(p id.Pod, name string) string { return string(p) + "/" + name }
 
 // letGo closes the pod's namespaces and mounts, here and in the supervisor.
 func (e *Engine) letGo(ctx context.Context, p *pod) error {
+	if err := e.dropHeld(ctx, p); err != nil {
+		return err
+	}
+	p.closeFiles()
+	return nil
+}
+
+// dropHeld closes the supervisor's copies of the pod's namespaces and mounts.
+func (e *Engine) dropHeld(ctx context.Context, p *pod) error {
 	keys := make([]string, 0, 4)
 	for _, n := range []string{"net", "ipc", "uts", "shm"} {
 		keys = append(keys, fdKey(p.id, n))
 	}
-	if err := e.cfg.FDs.DropFDs(ctx, keys); err != nil {
-		return err
-	}
+	return e.cfg.FDs.DropFDs(ctx, keys)
+}
+
+// closeFiles closes the daemon's copies, except those of the given names.
+func (p *pod) closeFiles(except ...string) {
 	p.mu.Lock()
-	files := p.files
-	p.files = nil
-	p.mu.Unlock()
-	for _, f := range files {
-		f.Close()
+	defer p.mu.Unlock()
+	for name, f := range p.files {
+		if !slices.Contains(except, name) {
+			f.Close()
+			delete(p.files, name)
+		}
 	}
-	return nil
 }
 
 // containersOf returns the pod's containers.

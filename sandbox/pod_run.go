@@ -116,9 +116,11 @@ func (e *Engine) runPod(ctx context.Context, c *PodConfig) (id.Pod, error) {
 	e.insertPod(p)
 	b := &podBuild{e: e, p: p, config: c}
 	undone, err := e.run(ctx, "run pod sandbox", []step{
-		{name: "network", do: b.attach, undo: b.detach},
-		{name: "namespaces", do: b.namespaces, undo: func(context.Context) error { p.closeFiles(); return nil }, partial: true},
-		{name: "keep", do: b.hold, undo: func(ctx context.Context) error { return e.letGo(ctx, p) }, partial: true},
+		// A network that could not attach may want a Detach all the same.
+		{name: "network", do: b.attach, undo: b.detach, partial: true},
+		// The network namespace stays open for the network's way back.
+		{name: "namespaces", do: b.namespaces, undo: func(context.Context) error { p.closeFiles("net"); return nil }, partial: true},
+		{name: "keep", do: b.hold, undo: func(ctx context.Context) error { return e.dropHeld(ctx, p) }, partial: true},
 		{name: "files", do: b.files, undo: func(context.Context) error { return os.RemoveAll(e.podDir(p.id)) }, partial: true},
 		{name: "init", do: b.init, undo: b.removeInit, partial: true},
 		{name: "ready", do: b.ready},
@@ -167,7 +169,11 @@ func (b *podBuild) detach(ctx context.Context) error {
 	if b.onHostNetwork() {
 		return nil
 	}
-	return b.e.detach(ctx, b.p)
+	if err := b.e.detach(ctx, b.p); err != nil {
+		return err
+	}
+	b.p.closeFiles()
+	return nil
 }
 
 // namespaces makes the pod's IPC and UTS namespaces, sets its host name and
@@ -222,16 +228,6 @@ func (b *podBuild) namespaces(context.Context) error {
 	}
 	b.p.keep("shm", shm)
 	return nil
-}
-
-func (p *pod) closeFiles() {
-	p.mu.Lock()
-	files := p.files
-	p.files = nil
-	p.mu.Unlock()
-	for _, f := range files {
-		f.Close()
-	}
 }
 
 // hold gives the supervisor a copy of everything that must outlive the daemon.

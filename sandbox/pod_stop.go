@@ -36,7 +36,7 @@ func (e *Engine) StopPod(ctx context.Context, ref string) error {
 
 // stopPod is StopPod with the pod's slot taken.
 func (e *Engine) stopPod(ctx context.Context, p *pod) error {
-	if s := p.record().State; s == lifecycle.None || (s == lifecycle.NotReady && !p.holds()) {
+	if s := p.record().State; s == lifecycle.None || (s == lifecycle.NotReady && !p.holds() && !e.anyRuns(p)) {
 		return nil
 	}
 	if err := e.stepPod(p, lifecycle.Stop, nil); err != nil {
@@ -67,6 +67,16 @@ func (p *pod) holds() bool {
 	return len(p.files) > 0 || p.rec.Init != "" || p.rec.Attachment.Network != ""
 }
 
+// anyRuns says whether a container of the pod runs.
+func (e *Engine) anyRuns(p *pod) bool {
+	for _, c := range e.containersOf(p) {
+		if s := c.record().State; s == lifecycle.Running || s == lifecycle.Starting {
+			return true
+		}
+	}
+	return false
+}
+
 // takeDownPod frees what the pod holds, each part though another one fails.
 func (e *Engine) takeDownPod(ctx context.Context, p *pod) error {
 	cs := e.containersOf(p)
@@ -83,7 +93,9 @@ func (e *Engine) takeDownPod(ctx context.Context, p *pod) error {
 	if rec.Config.Namespaces.Network != NamespaceNode {
 		errs[len(cs)+1] = e.detach(ctx, p)
 	}
-	errs[len(cs)+2] = e.letGo(ctx, p)
+	if errs[len(cs)+1] == nil { // else the next Detach wants the namespace again
+		errs[len(cs)+2] = e.letGo(ctx, p)
+	}
 	errs[len(cs)+3] = os.RemoveAll(e.podDir(p.id))
 	return errors.Join(errs...)
 }

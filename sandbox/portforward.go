@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/containerd/errdefs"
+	"golang.org/x/sys/unix"
 
 	"github.com/berth-runtime/berth/internal/id"
 	"github.com/berth-runtime/berth/internal/kernel"
@@ -21,6 +22,9 @@ const dialTimeout = 10 * time.Second
 // PortForward connects stream to a port on the pod's loopback, 127.0.0.1 first
 // and then ::1. Each direction ends when its source does; it returns after both.
 func (e *Engine) PortForward(ctx context.Context, ref string, port int32, stream io.ReadWriteCloser) error {
+	if port < 1 || port > 65535 {
+		return fmt.Errorf("port %d: is not between 1 and 65535: %w", port, errdefs.ErrInvalidArgument)
+	}
 	p, err := e.findPod(ref)
 	if err != nil {
 		return err
@@ -50,6 +54,9 @@ func (e *Engine) PortForward(ctx context.Context, ref string, port int32, stream
 		_ = stream.Close()
 	}
 	wg.Wait()
+	if errors.Is(in, unix.EPIPE) || errors.Is(in, unix.ECONNRESET) {
+		in = nil // the server has answered and takes no more: the client's business
+	}
 	return errors.Join(in, out)
 }
 

@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 
 	"github.com/containerd/errdefs"
+	"golang.org/x/sys/unix"
 	"k8s.io/klog/v2"
 
 	"github.com/berth-runtime/berth/internal/id"
@@ -18,6 +19,7 @@ import (
 const (
 	lostInReboot     = "the node was rebooted"
 	lostBySupervisor = "the supervisor that held it is gone"
+	lostInit         = "the first process of its PID namespace ended"
 )
 
 // recover makes the engine's memory out of the journal and what the supervisor
@@ -51,14 +53,32 @@ func (e *Engine) recover(ctx context.Context) error {
 	v := e.view.Load()
 	for _, p := range v.pods {
 		e.lastCreate.Store(max(e.lastCreate.Load(), p.created))
-		e.recoverPod(ctx, p)
+		e.recoverPod(ctx, p, known)
 	}
 	for _, c := range v.containers {
 		e.lastCreate.Store(max(e.lastCreate.Load(), c.created))
 		e.recoverContainer(ctx, c, known[c.id])
 	}
 	tell(e.sweep(ctx, known), "Leftovers of an earlier daemon")
+	e.finishRemovals()
 	return nil
+}
+
+// finishRemovals goes on with the removals that the last daemon began.
+func (e *Engine) finishRemovals() {
+	v := e.view.Load()
+	for _, c := range v.containers {
+		if c.record().State == lifecycle.Removing {
+			e.owned.Go(func() {
+				tell(e.RemoveContainer(e.ctx, string(c.id)), "Removal of a container is not finished", "container", c.id)
+			})
+		}
+	}
+	for _, p := range v.pods {
+		if p.record().State == lifecycle.Removing {
+			e.owned.Go(func() { tell(e.RemovePod(e.ctx, string(p.id)), "Removal of a pod is not finished", "pod", p.id) })
+		}
+	}
 }
 
 // supervised is the supervisor's containers by id.
@@ -74,13 +94,16 @@ func (e *Engine) supervised(ctx context.Context) (map[id.Container]*wire.Info, e
 	return known, nil
 }
 
-func (e *Engine) recoverPod(ctx context.Context, p *pod) {
+func (e *Engine) recoverPod(ctx context.Context, p *pod, known map[id.Container]*wire.Info) {
 	rec := p.record()
 	sameBoot := rec.BootID == e.bootID
 	switch rec.State {
 	case lifecycle.Creating:
 		// The caller got no id: take it down, and its retry makes a new one. What
 		// cannot be taken down stays listed, so that the kubelet stops it again.
+		if sameBoot {
+			_ = e.fetchFiles(ctx, p) // if it got so far: the network likes to see its namespace again
+		}
 		if err := e.takeDownPod(ctx, p); err != nil {
 			tell(e.stepPod(p, lifecycle.Stop, func(r *podRecord) { r.Reason = err.Error() }), "Half-made pod", "pod", p.id)
 			return
@@ -95,20 +118,23 @@ func (e *Engine) recoverPod(ctx context.Context, p *pod) {
 		if sameBoot {
 			why = lostBySupervisor
 			if e.fetchFiles(ctx, p) == nil {
-				break
+				if rec.Init == "" || runs(known[rec.Init]) {
+					break
+				}
+				why = lostInit
 			}
 		}
-		tell(e.stepPod(p, lifecycle.Lost, func(r *podRecord) { r.Reason, r.Init = why, "" }), "Pod is lost", "pod", p.id)
-	case lifecycle.Stopping:
-		if sameBoot {
-			_ = e.fetchFiles(ctx, p) // as many as there are; stopping goes on without
+		tell(e.stepPod(p, lifecycle.Lost, func(r *podRecord) { r.Reason = why }), "Pod is lost", "pod", p.id)
+	case lifecycle.Stopping, lifecycle.NotReady:
+		if sameBoot && (rec.State == lifecycle.Stopping || p.holds()) {
+			_ = e.fetchFiles(ctx, p) // stopping goes on without
 		}
-	case lifecycle.Removing:
-		e.owned.Go(func() { tell(e.RemovePod(e.ctx, string(p.id)), "Removal of a pod is not finished", "pod", p.id) })
 	}
 	rec = p.record()
 	p.status.Store(rec.status())
 }
+
+func runs(i *wire.Info) bool { return i != nil && i.State == wire.Running }
 
 // fetchFiles gets the pod's namespaces and mounts back from the supervisor.
 func (e *Engine) fetchFiles(ctx context.Context, p *pod) error {
@@ -142,8 +168,13 @@ func (e *Engine) recoverContainer(ctx context.Context, c *container, known *wire
 		known = nil
 	}
 	if rec.State == lifecycle.Creating {
+		ev := lifecycle.Failed
 		err := errors.Join(e.cfg.Runtime.Delete(ctx, c.id), e.removeLayer(c.id))
-		tell(errors.Join(err, e.stepContainer(c, lifecycle.Failed, nil)), "Half-made container", "container", c.id)
+		if err != nil {
+			ev = lifecycle.Remove // tried again, as any removal
+			close(c.exited)
+		}
+		tell(errors.Join(err, e.stepContainer(c, ev, nil)), "Half-made container", "container", c.id)
 		return
 	}
 	if _, err := e.cfg.Images.Acquire(rec.ImageID, string(c.id)); err != nil {
@@ -153,13 +184,19 @@ func (e *Engine) recoverContainer(ctx context.Context, c *container, known *wire
 	switch rec.State {
 	case lifecycle.Exited:
 		close(c.exited)
+		e.silence(ctx, c, known)
 	case lifecycle.Removing:
 		close(c.exited)
-		e.owned.Go(func() {
-			tell(e.RemoveContainer(e.ctx, string(c.id)), "Removal of a container is not finished", "container", c.id)
-		})
 	default:
 		e.compare(c, known)
+	}
+}
+
+// silence kills a container that runs although it counts as ended: the answer to
+// its start was lost, and so was the signal that followed.
+func (e *Engine) silence(ctx context.Context, c *container, known *wire.Info) {
+	if runs(known) {
+		tell(ended(e.cfg.Runtime.Signal(ctx, wire.Signal{ID: c.id, Signal: int(unix.SIGKILL), All: true})), "Kill", "container", c.id)
 	}
 }
 
@@ -188,33 +225,56 @@ func (e *Engine) compare(c *container, known *wire.Info) {
 }
 
 // resync compares everything with a supervisor that was connected to anew.
+// Operations go on meanwhile, so the list proves something only about what was
+// there before it was asked for and has not moved since.
 func (e *Engine) resync(ctx context.Context) error {
+	v := e.view.Load()
+	was := map[id.Container]lifecycle.State{}
+	for _, c := range v.containers {
+		was[c.id] = c.record().State
+	}
+	for _, p := range v.pods {
+		if rec := p.record(); rec.Init != "" {
+			was[rec.Init] = rec.State
+		}
+	}
 	known, err := e.supervised(ctx)
 	if err != nil {
 		return err
 	}
-	v := e.view.Load()
 	for _, c := range v.containers {
-		switch c.record().State {
-		case lifecycle.Created, lifecycle.Running:
+		switch s := c.record().State; {
+		case s != was[c.id]:
+		case s == lifecycle.Created, s == lifecycle.Running:
 			e.compare(c, known[c.id])
+		case s == lifecycle.Exited:
+			e.silence(ctx, c, known[c.id])
 		}
 	}
-	var errs []error
-	for _, p := range v.pods {
-		rec := p.record()
-		if rec.State != lifecycle.Ready {
-			continue
-		}
-		if _, ok := known[rec.Init]; rec.Init != "" && !ok {
+	// Not only those of the list: a pod that is being made has given its
+	// namespaces to the old supervisor.
+	for _, p := range e.view.Load().pods {
+		if init := p.record().Init; init != "" && was[init] == lifecycle.Ready && !runs(known[init]) {
 			e.initEnded(p)
 		}
-		// The daemon holds the namespaces too: a new supervisor gets them again.
-		if keys, files := p.held(); len(keys) > 0 {
-			errs = append(errs, e.cfg.FDs.PutFDs(ctx, keys, files))
-		}
+		e.owned.Go(func() { tell(e.holdAgain(p), "Namespaces of a pod are not kept", "pod", p.id) })
 	}
-	return errors.Join(errs...)
+	return nil
+}
+
+// holdAgain gives a new supervisor what the daemon holds of a pod. It waits for
+// the pod's slot: what a stop drops must not come back.
+func (e *Engine) holdAgain(p *pod) error {
+	release, err := p.slot.take(e.ctx)
+	if err != nil {
+		return nil // the daemon is stopping
+	}
+	defer release()
+	keys, files := p.held()
+	if p.record().State != lifecycle.Ready || len(keys) == 0 {
+		return nil
+	}
+	return e.cfg.FDs.PutFDs(e.ctx, keys, files)
 }
 
 // sweep removes what belongs to no record: containers and descriptors of the

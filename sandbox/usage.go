@@ -116,11 +116,11 @@ func (e *Engine) WritableUsage() imageservice.FsUsage {
 
 // ContainerStats reads the use of one container.
 func (e *Engine) ContainerStats(_ context.Context, ref string) (*ContainerStats, error) {
-	c, _, err := e.running(ref)
+	_, rec, err := e.running(ref)
 	if err != nil {
 		return nil, err
 	}
-	return e.statsOf(c.status.Load())
+	return e.statsOf(rec.status())
 }
 
 func (e *Engine) statsOf(s *ContainerStatus) (*ContainerStats, error) {
