@@ -238,7 +238,7 @@ func (s *Server) create(f wire.Frame) error {
 
 func (s *Server) make(rt oci.Runtime, r wire.Create) (_ oci.Container, err error) {
 	req := oci.CreateRequest{
-		ID: r.ID, Spec: r.Spec, Rootfs: r.Rootfs, PodInit: r.PodInit,
+		ID: r.ID, Spec: r.Spec, Rootfs: r.Rootfs, PodInit: r.PodInit, Volumes: r.Volumes,
 		Namespaces: map[specs.LinuxNamespaceType]*os.File{}, MountFDs: map[string]*os.File{},
 	}
 	var files []*os.File

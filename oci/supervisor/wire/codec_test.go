@@ -122,9 +122,9 @@ func TestProtocolErrors(t *testing.T) {
 
 func TestErrorKinds(t *testing.T) {
 	for _, k := range kinds {
-		e := ToError(fmt.Errorf("thing: %w", k.is))
-		if e.Kind != k.name || !errors.Is(error(e), k.is) {
-			t.Errorf("%v became %+v", k.is, e)
+		e := ToError(fmt.Errorf("thing: %w", k.kind))
+		if e.Kind != k.word || !errors.Is(error(e), k.kind) {
+			t.Errorf("%v became %+v", k.kind, e)
 		}
 	}
 	if e := (&Error{Kind: "of a later version", Text: "x"}); !errors.Is(error(e), errdefs.ErrInternal) {

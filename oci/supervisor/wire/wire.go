@@ -93,6 +93,7 @@ type Create struct {
 	Namespaces map[specs.LinuxNamespaceType]string `json:"namespaces,omitempty"`
 	JoinPID    id.Container                        `json:"joinPID,omitempty"` // join the PID namespace of this running container
 	Mounts     map[string]string                   `json:"mounts,omitempty"`
+	Volumes    map[string]oci.Volume               `json:"volumes,omitempty"` // images by mount-source name
 	PodInit    bool                                `json:"podInit,omitempty"`
 	Stdin      bool                                `json:"stdin,omitempty"`
 	StdinOnce  bool                                `json:"stdinOnce,omitempty"`
