@@ -23,13 +23,21 @@ type Rootfs struct {
 	Volatile bool     `json:"volatile,omitempty"`
 }
 
+// Volume is an image mounted into a container: its layers as Rootfs.Lowers has
+// them, read-only, and the path inside that is wanted ("" is all of it).
+type Volume struct {
+	Lowers  []string `json:"lowers"`
+	SubPath string   `json:"subPath,omitempty"`
+}
+
 // CreateRequest describes a container to be made.
 //
 // Spec is an OCI runtime-spec 1.3 config. Spec.Root.Path is ignored when Rootfs
 // has lowers. Namespaces maps a namespace type to an open fd that is joined
 // instead of Spec's path (the fd is borrowed for the life of the container:
 // the runtime duplicates what it keeps). A mount whose Source is "fd:NAME" uses
-// MountFDs[NAME], an O_PATH or detached-mount fd, as its source.
+// MountFDs[NAME], an O_PATH or detached-mount fd, as its source; "image:NAME"
+// uses Volumes[NAME].
 //
 // PodInit asks for the built-in init in place of Spec.Process.Args: pid 1 of a
 // PID namespace that the pod's containers share; it reaps and sleeps.
@@ -39,6 +47,7 @@ type CreateRequest struct {
 	Rootfs     Rootfs
 	Namespaces map[specs.LinuxNamespaceType]*os.File
 	MountFDs   map[string]*os.File
+	Volumes    map[string]Volume
 	PodInit    bool
 }
 

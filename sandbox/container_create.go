@@ -70,6 +70,10 @@ func (e *Engine) createContainer(ctx context.Context, p *pod, cfg *ContainerConf
 		return "", fmt.Errorf("config.image: %w", err)
 	}
 	b.image = img
+	if err := b.acquireVolumes(); err != nil {
+		e.cfg.Images.Release(string(c.id))
+		return "", err
+	}
 	if err := b.describe(); err != nil {
 		e.cfg.Images.Release(string(c.id))
 		return "", err
@@ -118,6 +122,8 @@ type containerBuild struct {
 	image  *imageservice.Image
 	spec   *specs.Spec
 	join   id.Container // whose PID namespace is joined
+	// volumes are the images that are mounted, by the name of their source in the spec.
+	volumes map[string]oci.Volume
 }
 
 func (b *containerBuild) check() error {
@@ -128,11 +134,6 @@ func (b *containerBuild) check() error {
 	if cfg.LogPath != "" && b.pod.Config.LogDirectory != "" {
 		if rel := filepath.Clean(cfg.LogPath); filepath.IsAbs(rel) || rel == ".." || strings.HasPrefix(rel, "../") {
 			return bad("config.log_path %q: leads out of the pod's log directory", cfg.LogPath)
-		}
-	}
-	for i, m := range cfg.Mounts {
-		if m.Image != "" {
-			return bad("config.mounts[%d].image: image volumes are not offered by this version; mount a host_path", i)
 		}
 	}
 	ns := cfg.Security.Namespaces
@@ -164,6 +165,26 @@ func (b *containerBuild) check() error {
 	return nil
 }
 
+// acquireVolumes pins the images that are mounted: they count as in use as the
+// container's own does, and one Release drops all.
+func (b *containerBuild) acquireVolumes() error {
+	for i, m := range b.config.Mounts {
+		if m.Image == "" {
+			continue
+		}
+		img, err := b.e.cfg.Images.Acquire(m.Image, string(b.c.id))
+		if err != nil {
+			// The prefix tells the kubelet's users which of two images is meant.
+			return fmt.Errorf("ImageVolumeMountFailed: config.mounts[%d].image: %w", i, err)
+		}
+		if b.volumes == nil {
+			b.volumes = map[string]oci.Volume{}
+		}
+		b.volumes[strconv.Itoa(i)] = oci.Volume{Lowers: img.Layers, SubPath: m.ImageSubPath}
+	}
+	return nil
+}
+
 // describe builds spec and record; it makes nothing.
 func (b *containerBuild) describe() error {
 	e, cfg, pc := b.e, b.config, b.pod.Config
@@ -185,6 +206,12 @@ func (b *containerBuild) describe() error {
 	}
 	dir := e.podDir(b.p.id)
 	in.HostsPath, in.HostnamePath, in.ResolvConfPath = filepath.Join(dir, "hosts"), filepath.Join(dir, "hostname"), filepath.Join(dir, "resolv.conf")
+	in.ImageVolumes = map[int]string{}
+	for i, m := range cfg.Mounts {
+		if m.Image != "" {
+			in.ImageVolumes[i] = "image:" + strconv.Itoa(i)
+		}
+	}
 	if b.spec, err = spec.Build(in); err != nil {
 		return err
 	}
@@ -246,6 +273,7 @@ func (b *containerBuild) create(ctx context.Context) error {
 		Rootfs:     oci.Rootfs{Lowers: b.image.Layers, Upper: filepath.Join(dir, "upper"), Work: filepath.Join(dir, "work"), Volatile: true},
 		Namespaces: map[specs.LinuxNamespaceType]string{},
 		Stdin:      b.config.Stdin, StdinOnce: b.config.StdinOnce,
+		Volumes:    b.volumes,
 	}
 	if b.pod.Config.Namespaces.Network != NamespaceNode {
 		r.Namespaces[specs.NetworkNamespace] = fdKey(b.p.id, string(kernel.NetNS))

@@ -177,8 +177,16 @@ func (e *Engine) recoverContainer(ctx context.Context, c *container, known *wire
 		tell(errors.Join(err, e.stepContainer(c, ev, nil)), "Half-made container", "container", c.id)
 		return
 	}
-	if _, err := e.cfg.Images.Acquire(rec.ImageID, string(c.id)); err != nil {
-		klog.ErrorS(err, "Image of a container is gone", "container", c.id, "image", rec.ImageID)
+	used := []string{rec.ImageID}
+	for _, m := range rec.Config.Mounts {
+		if m.Image != "" {
+			used = append(used, m.Image)
+		}
+	}
+	for _, image := range used {
+		if _, err := e.cfg.Images.Acquire(image, string(c.id)); err != nil {
+			klog.ErrorS(err, "Image of a container is gone", "container", c.id, "image", image)
+		}
 	}
 	c.status.Store(rec.status())
 	switch rec.State {

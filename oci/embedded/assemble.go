@@ -137,6 +137,17 @@ func (a *assembly) prepare() error {
 }
 
 func (a *assembly) openBind(p *prepared) error {
+	if name, ok := strings.CutPrefix(p.source, imageSource); ok {
+		v, ok := a.req.Volumes[name]
+		if !ok {
+			return invalid("%s.source %q: no such image was passed", p.field, p.source)
+		}
+		t, err := openVolume(v)
+		if err != nil {
+			return fmt.Errorf("source %q: %w", p.source, err)
+		}
+		return a.useBind(p, t)
+	}
 	dir, path := unix.AT_FDCWD, p.source
 	if name, ok := strings.CutPrefix(p.source, fdSource); ok {
 		f := a.req.MountFDs[name]
@@ -149,6 +160,11 @@ func (a *assembly) openBind(p *prepared) error {
 	if err != nil {
 		return fmt.Errorf("source %q: %w", p.source, err)
 	}
+	return a.useBind(p, t)
+}
+
+// useBind keeps the source t of a bind and sets its attributes.
+func (a *assembly) useBind(p *prepared, t *os.File) error {
 	p.file = a.use(t)
 	var st unix.Stat_t
 	if err := unix.Fstat(int(t.Fd()), &st); err != nil {

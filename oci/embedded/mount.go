@@ -66,7 +66,7 @@ func parseMount(field string, m specs.Mount) (mount, error) {
 	if out.fstype == "" || out.fstype == "none" {
 		return out, invalid("%s.type: missing", field)
 	}
-	if out.fstype == "bind" && !path.IsAbs(out.source) && !strings.HasPrefix(out.source, fdSource) {
+	if out.fstype == "bind" && !path.IsAbs(out.source) && !strings.HasPrefix(out.source, fdSource) && !strings.HasPrefix(out.source, imageSource) {
 		return out, invalid("%s.source %q: want an absolute path", field, m.Source)
 	}
 	if out.fstype == "bind" && len(out.opts) > 0 {
@@ -130,7 +130,11 @@ func (m *mount) setAttrs(t *os.File) error {
 	return nil
 }
 
-const fdSource = "fd:"
+// Prefixes of bind sources that are no paths: a passed descriptor, an image.
+const (
+	fdSource    = "fd:"
+	imageSource = "image:"
+)
 
 // procBinds are the only paths below /proc that a mount may cover: what virtual
 // procfs filesystems replace. Anything else would let the spec's author fake

@@ -78,6 +78,36 @@ func openRootfs(r oci.Rootfs, path string) (*os.File, error) {
 	return m, nil
 }
 
+// openVolume makes a detached read-only mount of an image, or of a path inside
+// it, which is resolved without leaving the image (invariant I1).
+func openVolume(v oci.Volume) (*os.File, error) {
+	if len(v.Lowers) == 0 {
+		return nil, invalid("volume: has no layers")
+	}
+	m, err := openRootfs(oci.Rootfs{Lowers: v.Lowers}, "")
+	if err != nil {
+		return nil, err
+	}
+	if v.SubPath == "" {
+		return m, nil
+	}
+	defer m.Close()
+	sub, err := kernel.OpenInRoot(m, v.SubPath, unix.O_PATH, 0)
+	if errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ENOTDIR) {
+		return nil, invalid("sub path %q: not in the image", v.SubPath)
+	}
+	if err != nil {
+		return nil, err
+	}
+	defer sub.Close()
+	t, err := kernel.CloneTree(int(sub.Fd()), "", false)
+	if errors.Is(err, unix.EINVAL) {
+		// Linux before 6.15 clones only what is attached to a mount namespace.
+		return nil, fmt.Errorf("sub path %q: of an image needs Linux 6.15 or newer: %w", v.SubPath, errdefs.ErrFailedPrecondition)
+	}
+	return t, err
+}
+
 func cloneRoot(field, path string, set uint64) (*os.File, error) {
 	m, err := kernel.CloneTree(unix.AT_FDCWD, path, true)
 	if err != nil {
