@@ -65,7 +65,7 @@ func (c *capped) Write(p []byte) (int, error) {
 // (0: none) it kills the command with all its descendants and returns an error
 // that is context.DeadlineExceeded.
 func (e *Engine) ExecSync(ctx context.Context, ref string, cmd []string, timeout time.Duration) (*ExecResult, error) {
-	c, rec, err := e.running(ref)
+	c, rec, err := e.runningFor(ref, cmd)
 	if err != nil {
 		return nil, err
 	}
@@ -85,7 +85,7 @@ func (e *Engine) ExecSync(ctx context.Context, ref string, cmd []string, timeout
 	outW.Close()
 	errW.Close()
 	if err != nil {
-		return nil, fmt.Errorf("container %s: exec: %w", id.Short(c.id), err)
+		return nil, e.unanswered(ctx, c, x, err)
 	}
 	stdout, stderr := &capped{left: maxExecOutput}, &capped{left: maxExecOutput}
 	var readers sync.WaitGroup
@@ -107,10 +107,29 @@ func (e *Engine) ExecSync(ctx context.Context, ref string, cmd []string, timeout
 		err = fmt.Errorf("command %q ran longer than %v: %w", cmd[0], timeout, context.DeadlineExceeded)
 	case <-ctx.Done():
 		err = ctx.Err()
+	case <-e.ctx.Done():
+		err = fmt.Errorf("%w: %w", errClosed, errdefs.ErrUnavailable)
 	}
 	e.killExec(c.id, x, exit)
 	e.drain(&readers, outR, errR)
 	return nil, err
+}
+
+// runningFor returns a running container for an exec of cmd in it.
+func (e *Engine) runningFor(ref string, cmd []string) (*container, containerRecord, error) {
+	if len(cmd) == 0 {
+		return nil, containerRecord{}, fmt.Errorf("cmd: must not be empty: %w", errdefs.ErrInvalidArgument)
+	}
+	return e.running(ref)
+}
+
+// unanswered is the error of an exec that did not start, or did although the
+// caller did not wait for the answer: nobody would ever end it then.
+func (e *Engine) unanswered(ctx context.Context, c *container, x id.Exec, err error) error {
+	if ctx.Err() != nil {
+		e.killExec(c.id, x, nil)
+	}
+	return fmt.Errorf("container %s: exec: %w", id.Short(c.id), err)
 }
 
 // drain waits for the readers, and cuts them off when the pipes stay open.
@@ -122,11 +141,15 @@ func (e *Engine) drain(readers *sync.WaitGroup, files ...*os.File) {
 	readers.Wait()
 }
 
-// killExec kills a process of an exec with its descendants and waits for its end.
+// killExec kills a process of an exec with its descendants and waits for its
+// end, if exit is given; also when the daemon is stopping.
 func (e *Engine) killExec(c id.Container, x id.Exec, exit <-chan wire.Exit) {
-	ctx, cancel := context.WithTimeout(e.ctx, 10*time.Second)
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(e.ctx), 10*time.Second)
 	defer cancel()
 	tell(ended(e.cfg.Runtime.Signal(ctx, wire.Signal{ID: c, Exec: x, Signal: int(unix.SIGKILL), All: true})), "Kill of an exec", "container", c)
+	if exit == nil {
+		return
+	}
 	select {
 	case <-exit:
 	case <-ctx.Done():
@@ -135,7 +158,7 @@ func (e *Engine) killExec(c id.Container, x id.Exec, exit <-chan wire.Exit) {
 
 // Exec runs a command with a client's streams and returns its exit code.
 func (e *Engine) Exec(ctx context.Context, ref string, cmd []string, s StreamIO) (int32, error) {
-	c, rec, err := e.running(ref)
+	c, rec, err := e.runningFor(ref, cmd)
 	if err != nil {
 		return 0, err
 	}
@@ -196,7 +219,7 @@ func (e *Engine) execPipes(ctx context.Context, c *container, rec containerRecor
 	_, _, exit, err := e.cfg.Streams.Exec(ctx, wire.Exec{ID: c.id, Exec: x, Process: rec.process(cmd, false)}, theirs[0], theirs[1], theirs[2])
 	closeTheirs()
 	if err != nil {
-		return 0, fmt.Errorf("container %s: exec: %w", id.Short(c.id), err)
+		return 0, e.unanswered(ctx, c, x, err)
 	}
 	if stdinW != nil {
 		// Not waited for: a client's stdin may never end. It ends with the client's
@@ -206,46 +229,111 @@ func (e *Engine) execPipes(ctx context.Context, c *container, rec containerRecor
 			stdinW.Close() // the program sees the end of its input
 		}()
 	}
-	var readers sync.WaitGroup
-	pump := func(to io.WriteCloser, from *os.File) {
-		if from == nil {
-			return
-		}
-		readers.Go(func() {
-			_, _ = io.Copy(to, from)
+	return e.await(ctx, exit, startPump(s.Stdout, outR), startPump(s.Stderr, errR))
+}
+
+// pump copies a process's output to a client. It is not waited for when the
+// client is gone: a write to it ends with its connection, which the caller closes.
+type pump struct {
+	from  *os.File
+	ended chan struct{} // closed when the process has ended
+	done  chan struct{} // closed when all output is delivered or the client is gone
+	left  int           // what is still read after the end
+}
+
+// afterExit bounds what is read once a process has ended to what fits into its
+// pipe or terminal: the rest is from descendants, which may never stop.
+const afterExit = 64 << 10
+
+func startPump(to io.WriteCloser, from *os.File) *pump {
+	p := &pump{from: from, ended: make(chan struct{}), done: make(chan struct{}), left: afterExit}
+	if from == nil {
+		close(p.done)
+		return p
+	}
+	go func() {
+		defer close(p.done)
+		if to == nil {
+			_, _ = io.Copy(io.Discard, p)
+		} else {
+			_, _ = io.Copy(to, p)
 			to.Close()
-		})
-	}
-	pump(s.Stdout, outR)
-	pump(s.Stderr, errR)
-	var left []*os.File
-	for _, f := range []*os.File{outR, errR} {
-		if f != nil {
-			left = append(left, f)
 		}
+		// After an error of the client's the process must not wait for a reader for ever.
+		from.Close()
+	}()
+	return p
+}
+
+// Read waits as long as the process runs; afterwards each read may take
+// drainAfterExit, however long the client took for what was read before.
+func (p *pump) Read(b []byte) (int, error) {
+	select {
+	case <-p.ended:
+		if p.left == 0 {
+			return 0, io.EOF
+		}
+		b = b[:min(len(b), p.left)]
+		_ = p.from.SetReadDeadline(time.Now().Add(drainAfterExit))
+		n, err := p.from.Read(b)
+		p.left -= n
+		return n, err
+	default:
 	}
-	return e.await(ctx, exit, &readers, left...)
+	n, err := p.from.Read(b)
+	if n == 0 && errors.Is(err, os.ErrDeadlineExceeded) { // from end
+		<-p.ended
+		return p.Read(b)
+	}
+	return n, err
+}
+
+// end tells the pump that the process has ended.
+func (p *pump) end() {
+	if p.from != nil {
+		// Wakes a read that waits. Before the close, so that it cannot undo the
+		// deadline of a read after it.
+		_ = p.from.SetReadDeadline(time.Now())
+	}
+	close(p.ended)
 }
 
 // await returns the exit code once all output is delivered.
-func (e *Engine) await(ctx context.Context, exit <-chan wire.Exit, readers *sync.WaitGroup, files ...*os.File) (int32, error) {
+func (e *Engine) await(ctx context.Context, exit <-chan wire.Exit, pumps ...*pump) (int32, error) {
+	var code int32
 	select {
 	case end := <-exit:
-		e.drain(readers, files...)
-		return int32(end.Code), nil
+		code = int32(end.Code)
 	case <-ctx.Done():
 		// The client is gone: its streams close, the program goes on if it likes.
-		for _, f := range files {
-			f.Close()
-		}
-		readers.Wait()
+		closePumps(pumps)
 		return 0, ctx.Err()
 	case <-e.ctx.Done():
-		for _, f := range files {
-			f.Close()
-		}
-		readers.Wait()
+		closePumps(pumps)
 		return 0, errClosed
+	}
+	for _, p := range pumps {
+		p.end()
+	}
+	for _, p := range pumps {
+		select {
+		case <-p.done:
+		case <-ctx.Done():
+			closePumps(pumps)
+			return 0, ctx.Err()
+		case <-e.ctx.Done():
+			closePumps(pumps)
+			return 0, errClosed
+		}
+	}
+	return code, nil
+}
+
+func closePumps(pumps []*pump) {
+	for _, p := range pumps {
+		if p.from != nil {
+			p.from.Close()
+		}
 	}
 }
 
@@ -253,7 +341,7 @@ func (e *Engine) execTerminal(ctx context.Context, c *container, rec containerRe
 	x := id.NewExec()
 	_, console, exit, err := e.cfg.Streams.Exec(ctx, wire.Exec{ID: c.id, Exec: x, Process: rec.process(cmd, true)}, nil, nil, nil)
 	if err != nil {
-		return 0, fmt.Errorf("container %s: exec: %w", id.Short(c.id), err)
+		return 0, e.unanswered(ctx, c, x, err)
 	}
 	if console == nil {
 		return 0, fmt.Errorf("container %s: exec: the supervisor sent no terminal: %w", id.Short(c.id), errdefs.ErrInternal)
@@ -268,14 +356,8 @@ func (e *Engine) execTerminal(ctx context.Context, c *container, rec containerRe
 	if s.Stdin != nil {
 		go func() { _, _ = io.Copy(console, s.Stdin) }() // ends with the client's connection
 	}
-	var readers sync.WaitGroup
-	if s.Stdout != nil {
-		readers.Go(func() {
-			_, _ = io.Copy(s.Stdout, console) // EIO when the last process on the terminal is gone
-			s.Stdout.Close()
-		})
-	}
-	return e.await(ctx, exit, &readers, console)
+	// Its reads end with EIO when the last process on the terminal is gone.
+	return e.await(ctx, exit, startPump(s.Stdout, console))
 }
 
 // pollable returns f in non-blocking mode, known to the poller, so that a read
@@ -334,6 +416,10 @@ func (e *Engine) Attach(ctx context.Context, ref string, s StreamIO) error {
 		if err != nil {
 			return fmt.Errorf("container %s: stdin: %w", id.Short(c.id), err)
 		}
+		if in, err = pollable(in); err != nil {
+			return fmt.Errorf("container %s: stdin: %w", id.Short(c.id), err)
+		}
+		defer in.Close() // cuts off a write that the container does not read
 		go e.feed(c, rec, in, s.Stdin)
 	}
 	outR, outW, err := e.attachPipe(s.Stdout)
@@ -351,32 +437,22 @@ func (e *Engine) Attach(ctx context.Context, ref string, s StreamIO) error {
 		closeAll(outR, errR)
 		return fmt.Errorf("container %s: attach: %w", id.Short(c.id), err)
 	}
-	var readers sync.WaitGroup
-	for to, from := range map[io.WriteCloser]*os.File{s.Stdout: outR, s.Stderr: errR} {
-		if to != nil && from != nil {
-			readers.Go(func() {
-				_, _ = io.Copy(to, from)
-				to.Close()
-			})
+	pumps := []*pump{startPump(s.Stdout, outR), startPump(s.Stderr, errR)}
+	defer closePumps(pumps)
+	over := []<-chan struct{}{pumps[0].done, pumps[1].done}
+	if outR == nil && errR == nil { // stdin only: until the container ends
+		over = append(over, c.exited)
+	}
+	for _, done := range over {
+		select {
+		case <-done:
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-e.ctx.Done():
+			return errClosed
 		}
 	}
-	done := make(chan struct{})
-	go func() { readers.Wait(); close(done) }()
-	select {
-	case <-done:
-		if outR == nil && errR == nil { // stdin only: until the container ends
-			select {
-			case <-c.exited:
-			case <-ctx.Done():
-			case <-e.ctx.Done():
-			}
-		}
-	case <-ctx.Done():
-	case <-e.ctx.Done():
-	}
-	closeAll(outR, errR)
-	<-done
-	return ctx.Err()
+	return nil
 }
 
 func (e *Engine) attachPipe(to io.WriteCloser) (r, w *os.File, err error) {
@@ -395,7 +471,8 @@ func closeAll(files ...*os.File) {
 	}
 }
 
-// feed copies a client's input to the container. With stdin_once the first
+// feed copies a client's input to the container until either is gone; a client's
+// stdin ends with its connection, which the caller closes after Attach. With stdin_once the first
 // client's end is the end of the container's input.
 func (e *Engine) feed(c *container, rec containerRecord, in *os.File, from io.Reader) {
 	_, err := io.Copy(in, from)
