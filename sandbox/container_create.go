@@ -273,7 +273,7 @@ func (b *containerBuild) create(ctx context.Context) error {
 		Rootfs:     oci.Rootfs{Lowers: b.image.Layers, Upper: filepath.Join(dir, "upper"), Work: filepath.Join(dir, "work"), Volatile: true},
 		Namespaces: map[specs.LinuxNamespaceType]string{},
 		Stdin:      b.config.Stdin, StdinOnce: b.config.StdinOnce,
-		Volumes:    b.volumes,
+		Volumes: b.volumes,
 	}
 	if b.pod.Config.Namespaces.Network != NamespaceNode {
 		r.Namespaces[specs.NetworkNamespace] = fdKey(b.p.id, string(kernel.NetNS))
