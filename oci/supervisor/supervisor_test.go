@@ -494,8 +494,18 @@ func TestReconnectsToANewSupervisor(t *testing.T) {
 	n := newNode(t)
 	c := n.open()
 	pid := n.pid()
-	k, _ := start(t, c, n.dir, wire.Create{Spec: shell("exec sleep 3")})
-	_, _, exit := execIn(t, c, k, "exec sleep 3", nil, nil)
+	k, _ := start(t, c, n.dir, wire.Create{Spec: shell("exec sleep 60")})
+	_, xpid, exit := execIn(t, c, k, "exec sleep 60", nil, nil)
+	before, err := c.List(t.Context())
+	if err != nil || len(before) != 1 {
+		t.Fatal(before, err)
+	}
+	t.Cleanup(func() { // nobody else knows them any more
+		for _, p := range []int{before[0].Pid, xpid} {
+			_ = unix.Kill(p, unix.SIGKILL)
+			waitFor(t, "an abandoned process to end", func() bool { return !alive(p) })
+		}
+	})
 	if err := unix.Kill(pid, unix.SIGKILL); err != nil {
 		t.Fatal(err)
 	}
