@@ -129,7 +129,8 @@ func TestPodValues(t *testing.T) {
 			{ContainerPort: 53, HostPort: 5353, Protocol: runtimeapi.Protocol_UDP, HostIp: "::ffff:127.0.0.1"},
 			{ContainerPort: 80, HostPort: 8080, HostIp: "0.0.0.0"},
 		}
-		c.Linux.SecurityContext.SeccompProfilePath = "localhost//p.json" //nolint:staticcheck // the fall-back
+		//lint:ignore SA1019 the fall-back
+		c.Linux.SecurityContext.SeccompProfilePath = "localhost//p.json"
 	}), "h")
 	if err != nil {
 		t.Fatal(err)
@@ -200,7 +201,8 @@ func TestContainerErrors(t *testing.T) {
 		{"reference without Localhost", "seccomp.localhost_ref", func(c C) { sec(c).Seccomp = &runtimeapi.SecurityProfile{LocalhostRef: "/p"} }},
 		{"Localhost without reference", "apparmor.localhost_ref", func(c C) { sec(c).Apparmor = &runtimeapi.SecurityProfile{ProfileType: 2} }},
 		{"profile type", "seccomp.profile_type", func(c C) { sec(c).Seccomp = &runtimeapi.SecurityProfile{ProfileType: 7} }},
-		{"old apparmor string", "apparmor", func(c C) { sec(c).ApparmorProfile = "strange" }}, //nolint:staticcheck // the fall-back
+		//lint:ignore SA1019 the fall-back
+		{"old apparmor string", "apparmor", func(c C) { sec(c).ApparmorProfile = "strange" }},
 		{"oom score", "oom_score_adj", func(c C) { c.Linux.Resources = &runtimeapi.LinuxContainerResources{OomScoreAdj: 1001} }},
 	} {
 		t.Run(tt.name, func(t *testing.T) {

@@ -101,7 +101,8 @@ func podLinux(out *sandbox.PodConfig, l *runtimeapi.LinuxPodSandboxConfig) error
 	if out.RunAsGroup != nil && out.RunAsUser == nil {
 		return invalid(field+".run_as_group", "given without a user; set run_as_user too")
 	}
-	if out.Seccomp, err = profile(field+".seccomp", s.Seccomp, s.SeccompProfilePath, true); err != nil { //nolint:staticcheck // older clients send only this one
+	//lint:ignore SA1019 older clients send only this one
+	if out.Seccomp, err = profile(field+".seccomp", s.Seccomp, s.SeccompProfilePath, true); err != nil {
 		return err
 	}
 	if out.AppArmor, err = profile(field+".apparmor", s.Apparmor, "", false); err != nil {

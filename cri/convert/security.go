@@ -177,10 +177,12 @@ func Security(field string, c *runtimeapi.LinuxContainerSecurityContext) (sandbo
 	if out.Namespaces, err = namespaces(field+".namespace_options", c.NamespaceOptions, true); err != nil {
 		return out, err
 	}
-	if out.Seccomp, err = profile(field+".seccomp", c.Seccomp, c.SeccompProfilePath, true); err != nil { //nolint:staticcheck // older clients send only this one
+	//lint:ignore SA1019 older clients send only this one
+	if out.Seccomp, err = profile(field+".seccomp", c.Seccomp, c.SeccompProfilePath, true); err != nil {
 		return out, err
 	}
-	if out.AppArmor, err = profile(field+".apparmor", c.Apparmor, c.ApparmorProfile, false); err != nil { //nolint:staticcheck // older clients send only this one
+	//lint:ignore SA1019 older clients send only this one
+	if out.AppArmor, err = profile(field+".apparmor", c.Apparmor, c.ApparmorProfile, false); err != nil {
 		return out, err
 	}
 	if p := c.Capabilities; p != nil {

@@ -240,9 +240,9 @@ func TestRedirectsCarryNoCredentials(t *testing.T) {
 			w.WriteHeader(401)
 			return
 		}
-		http.Redirect(w, r, b.URL+"/there?sig=s3cret", 307)
+		http.Redirect(w, r, b.URL+"/there?sig=s3cret", http.StatusTemporaryRedirect)
 	})
-	b = serve(t, false, func(w http.ResponseWriter, r *http.Request) { http.Redirect(w, r, a.URL+"/back", 302) })
+	b = serve(t, false, func(w http.ResponseWriter, r *http.Request) { http.Redirect(w, r, a.URL+"/back", http.StatusFound) })
 	r, _ := repo(t, "", a.host()+"/a/b:v1", &Credentials{Username: "u", Password: "p"})
 	if got, err := read(r, blobOf("data")); err != nil || got != "data" {
 		t.Errorf("%q, %v", got, err)

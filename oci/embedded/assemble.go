@@ -53,10 +53,6 @@ type assembly struct {
 	rootfs  *os.File
 	mounts  []prepared
 	root    *os.File // the container's root, attached
-	bottom  *os.File // the empty tmpfs below it
-	emptyD  *os.File
-	emptyN  *os.File
-	hasPTS  bool
 	closers []*os.File
 }
 

@@ -14,6 +14,8 @@ import (
 )
 
 // interp is the interpreter's text (interp_*.s); it is never called.
+//
+//lint:ignore U1000 its address is taken in assembly
 func interp()
 
 func interpAddr() uintptr

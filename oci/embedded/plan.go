@@ -131,8 +131,9 @@ func emptyResources(r *specs.LinuxResources) bool {
 func refuse(s *specs.Spec) error {
 	l := s.Linux
 	switch {
+	//lint:ignore SA1019 prestart is refused like the rest
 	case s.Hooks != nil && (len(s.Hooks.Prestart)+len(s.Hooks.CreateRuntime)+len(s.Hooks.CreateContainer)+
-		len(s.Hooks.StartContainer)+len(s.Hooks.Poststart)+len(s.Hooks.Poststop) > 0): //nolint:staticcheck // prestart is refused too
+		len(s.Hooks.StartContainer)+len(s.Hooks.Poststart)+len(s.Hooks.Poststop) > 0):
 		return unsupported("hooks")
 	case len(l.UIDMappings) > 0 || len(l.GIDMappings) > 0:
 		return unsupported("linux.uidMappings, linux.gidMappings")
