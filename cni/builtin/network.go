@@ -80,6 +80,7 @@ type Network struct {
 	threads  *threads
 	fw       *firewall
 	store    *store
+	lock     *os.File // this network is the only one in its namespace
 	notReady atomic.Pointer[error]
 
 	mu      sync.Mutex
@@ -125,17 +126,22 @@ func Open(ctx context.Context, cfg Config) (*Network, error) {
 	if err != nil {
 		return nil, fmt.Errorf("network state dir: %w", err)
 	}
-	th, err := newThreads(cfg.NetNS, wireThreads)
+	lock, err := lockNode(cfg.NetNS)
 	if err != nil {
 		return nil, err
 	}
+	th, err := newThreads(cfg.NetNS, wireThreads)
+	if err != nil {
+		return nil, errors.Join(err, unlockNode(lock))
+	}
 	n := &Network{
-		cfg: cfg, threads: th, store: st, fw: newFirewall(cfg.NetNS, linkPrefix, cfg.Unmasked),
+		lock: lock,
+		cfg:  cfg, threads: th, store: st, fw: newFirewall(cfg.NetNS, linkPrefix, cfg.Unmasked),
 		pods: map[id.Pod]*record{}, links: map[string]struct{}{}, ports: claims{}, wake: make(chan struct{}, 1), flush: make(chan struct{}, 1),
 	}
 	if err := n.restore(); err != nil {
 		th.close()
-		return nil, err
+		return nil, errors.Join(err, unlockNode(lock))
 	}
 	run, stop := context.WithCancel(context.WithoutCancel(ctx))
 	n.stop = stop
@@ -414,5 +420,5 @@ func (n *Network) Close() error {
 	}
 	n.fw.close()
 	n.threads.close()
-	return err
+	return errors.Join(err, unlockNode(n.lock))
 }
