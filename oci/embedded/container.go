@@ -333,15 +333,15 @@ func closeAll(files ...**os.File) error {
 // closeStartFiles closes what only Start needs.
 func (c *Container) closeStartFiles() {
 	// The mount namespace too: it is to go with the last process, not with Delete.
-	closeAll(&c.joinCgroupNS, &c.mountNS, &c.maskDir, &c.maskNull, &c.ptyMaster, &c.ptySlave) //nolint:errcheck // O_PATH and pty descriptors
+	closeAll(&c.joinCgroupNS, &c.mountNS, &c.maskDir, &c.maskNull, &c.ptyMaster, &c.ptySlave) // O_PATH and pty descriptors
 	for i := range c.ns {
-		closeAll(&c.ns[i].file) //nolint:errcheck // as above
+		closeAll(&c.ns[i].file) // as above
 	}
 	c.ns = nil
 	for i := range c.procs {
-		closeAll(&c.procs[i].at) //nolint:errcheck // as above
+		closeAll(&c.procs[i].at) // as above
 		for k := range c.procs[i].binds {
-			closeAll(&c.procs[i].binds[k].file) //nolint:errcheck // as above
+			closeAll(&c.procs[i].binds[k].file) // as above
 		}
 		c.procs[i].binds = nil
 	}
