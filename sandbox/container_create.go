@@ -332,11 +332,17 @@ func signalOf(name string) (unix.Signal, error) {
 		}
 		return unix.Signal(rtmax - n), nil
 	}
+	if s, ok := signalAliases[up]; ok {
+		return s, nil
+	}
 	if s := unix.SignalNum(up); s != 0 {
 		return s, nil
 	}
 	return 0, bad
 }
+
+// signalAliases are the second names of signals; CRI has them too.
+var signalAliases = map[string]unix.Signal{"SIGCLD": unix.SIGCHLD, "SIGIOT": unix.SIGABRT, "SIGPOLL": unix.SIGIO}
 
 // canonicalSignal is the name that statuses show.
 func canonicalSignal(name string) string {

@@ -100,13 +100,24 @@ type step struct {
 	partial bool
 }
 
+// attempt is do with a panic made an error, so that it is undone like one.
+func (s *step) attempt(ctx context.Context) (err error) {
+	defer func() {
+		if p := recover(); p != nil {
+			klog.ErrorS(nil, "Step panicked", "step", s.name, "panic", fmt.Sprint(p), "stack", stack())
+			err = fmt.Errorf("%s: panicked, see the daemon's log: %w", s.name, errdefs.ErrInternal)
+		}
+	}()
+	return s.do(ctx)
+}
+
 // run does the steps in order. When one fails, it undoes those before it, newest
 // first and all of them, on a context of its own, and returns the step's error;
 // undone says whether everything could be taken back.
 func (e *Engine) run(ctx context.Context, name string, steps []step) (undone error, err error) {
 	for i, s := range steps {
 		began := time.Now()
-		err := s.do(ctx)
+		err := s.attempt(ctx)
 		d := time.Since(began)
 		if e.cfg.Observe != nil {
 			e.cfg.Observe(name, s.name, d, err)

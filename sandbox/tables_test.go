@@ -246,8 +246,9 @@ func TestPanicInAnOperation(t *testing.T) {
 	if _, err := k.RunPod(context.Background(), podConfig("a")); !errdefs.IsInternal(err) {
 		t.Errorf("%v", err)
 	}
+	k.empty()
 	k.w.set(nil)
-	k.pod("b")
+	k.pod("a")
 }
 
 func TestCreatedAtNeverRepeats(t *testing.T) {
