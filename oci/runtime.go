@@ -36,7 +36,8 @@ type Volume struct {
 // has lowers. Namespaces maps a namespace type to an open fd that is joined
 // instead of Spec's path (the fd is borrowed for the life of the container:
 // the runtime duplicates what it keeps). A mount whose Source is "fd:NAME" uses
-// MountFDs[NAME], an O_PATH or detached-mount fd, as its source; "image:NAME"
+// MountFDs[NAME] as its source: an O_PATH or detached-mount fd, or, before Linux
+// 6.15, a mount namespace whose root is the source (kernel.Hold); "image:NAME"
 // uses Volumes[NAME].
 //
 // PodInit asks for the built-in init in place of Spec.Process.Args: pid 1 of a

@@ -18,6 +18,7 @@ import (
 	"k8s.io/klog/v2"
 
 	"github.com/berth-runtime/berth/internal/id"
+	"github.com/berth-runtime/berth/internal/kernel"
 	"github.com/berth-runtime/berth/internal/version"
 	"github.com/berth-runtime/berth/sandbox/journal"
 	"github.com/berth-runtime/berth/sandbox/lifecycle"
@@ -53,6 +54,7 @@ type Engine struct {
 	bootID     string
 	collector  *stats.Collector
 	cgroups    []string // mount points of all cgroup hierarchies
+	empty      *os.File // the empty mount namespace
 	podBook    *journal.Book
 	ctrBook    *journal.Book
 	ops        ops
@@ -120,9 +122,12 @@ func Open(ctx context.Context, cfg Config) (*Engine, error) {
 			return nil, err
 		}
 	}
+	if e.empty, err = kernel.NewEmptyMountNS(); err != nil {
+		return nil, err
+	}
 	if err := e.recover(ctx); err != nil {
 		e.cancel()
-		return nil, err
+		return nil, errors.Join(err, e.empty.Close())
 	}
 	e.owned.Go(e.events)
 	e.owned.Go(e.walkUsage)
@@ -150,7 +155,7 @@ func (e *Engine) Close() error {
 	if len(e.view.Load().pods) == 0 {
 		e.removeCgroup(defaultCgroupParent)
 	}
-	return nil
+	return e.empty.Close()
 }
 
 func (e *Engine) podsDir() string        { return filepath.Join(e.cfg.State, "pods") }

@@ -226,6 +226,9 @@ func (b *podBuild) namespaces(context.Context) error {
 	if err != nil {
 		return fmt.Errorf("/dev/shm: %w", err)
 	}
+	if shm, err = kernel.Hold(b.e.empty, shm); err != nil {
+		return fmt.Errorf("/dev/shm: %w", err)
+	}
 	b.p.keep("shm", shm)
 	return nil
 }

@@ -138,21 +138,24 @@ func (a *assembly) openBind(p *prepared) error {
 		if !ok {
 			return invalid("%s.source %q: no such image was passed", p.field, p.source)
 		}
-		t, err := openVolume(v)
+		t, err := openVolume(a.rt.empty, v)
 		if err != nil {
 			return fmt.Errorf("source %q: %w", p.source, err)
 		}
 		return a.useBind(p, t)
 	}
-	dir, path := unix.AT_FDCWD, p.source
 	if name, ok := strings.CutPrefix(p.source, fdSource); ok {
 		f := a.req.MountFDs[name]
 		if f == nil {
 			return invalid("%s.source %q: no such descriptor was passed", p.field, p.source)
 		}
-		dir, path = int(f.Fd()), ""
+		t, err := kernel.CloneHeld(f, p.recursive)
+		if err != nil {
+			return fmt.Errorf("source %q: %w", p.source, err)
+		}
+		return a.useBind(p, t)
 	}
-	t, err := kernel.CloneTree(dir, path, p.recursive)
+	t, err := kernel.CloneTree(unix.AT_FDCWD, p.source, p.recursive)
 	if err != nil {
 		return fmt.Errorf("source %q: %w", p.source, err)
 	}

@@ -4,7 +4,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"strings"
 
 	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
@@ -30,6 +29,9 @@ func openRootfs(r oci.Rootfs, path string) (*os.File, error) {
 	}
 	if r.Upper == "" && len(r.Lowers) == 1 {
 		return cloneRoot("rootfs.lowers", r.Lowers[0], unix.MOUNT_ATTR_RDONLY)
+	}
+	if !lowerByLower() {
+		return olderOverlay(r)
 	}
 	var keep []*os.File
 	defer func() {
@@ -69,9 +71,6 @@ func openRootfs(r oci.Rootfs, path string) (*os.File, error) {
 		}
 	}
 	m, err := kernel.NewFS("overlay", opts, 0)
-	if errors.Is(err, unix.EINVAL) && strings.Contains(err.Error(), "lowerdir+") {
-		m, err = overlayByMount(r)
-	}
 	if err != nil {
 		return nil, fmt.Errorf("rootfs: %w", err)
 	}
@@ -80,7 +79,7 @@ func openRootfs(r oci.Rootfs, path string) (*os.File, error) {
 
 // openVolume makes a detached read-only mount of an image, or of a path inside
 // it, which is resolved without leaving the image (invariant I1).
-func openVolume(v oci.Volume) (*os.File, error) {
+func openVolume(empty *os.File, v oci.Volume) (*os.File, error) {
 	if len(v.Lowers) == 0 {
 		return nil, invalid("volume: has no layers")
 	}
@@ -100,12 +99,7 @@ func openVolume(v oci.Volume) (*os.File, error) {
 		return nil, err
 	}
 	defer sub.Close()
-	t, err := kernel.CloneTree(int(sub.Fd()), "", false)
-	if errors.Is(err, unix.EINVAL) {
-		// Linux before 6.15 clones only what is attached to a mount namespace.
-		return nil, fmt.Errorf("sub path %q: of an image needs Linux 6.15 or newer: %w", v.SubPath, errdefs.ErrFailedPrecondition)
-	}
-	return t, err
+	return kernel.CloneDetached(empty, m, sub)
 }
 
 func cloneRoot(field, path string, set uint64) (*os.File, error) {
@@ -119,64 +113,4 @@ func cloneRoot(field, path string, set uint64) (*os.File, error) {
 		return nil, fmt.Errorf("%s %q: %w", field, path, err)
 	}
 	return m, nil
-}
-
-// overlayByMount is for kernels before 6.7, which know no "lowerdir+": mount(2)
-// takes one page of options, so every layer is named by a descriptor. The mount
-// is made in a copy of the mount namespace that dies with its thread, and
-// cloned out of it.
-func overlayByMount(r oci.Rootfs) (m *os.File, err error) {
-	err = kernel.OnThread(func() error {
-		if err := unix.Unshare(unix.CLONE_NEWNS | unix.CLONE_FS); err != nil {
-			return fmt.Errorf("unshare: %w", err)
-		}
-		if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
-			return fmt.Errorf("make mounts private: %w", err)
-		}
-		// Opened here: overlayfs takes only layers of the current mount namespace.
-		opts, files, err := overlayOptions(r)
-		defer func() {
-			for _, f := range files {
-				f.Close()
-			}
-		}()
-		if err != nil {
-			return err
-		}
-		// Any directory serves; /sys is not needed by this thread.
-		if err := unix.Mount("overlay", "/sys", "overlay", 0, opts); err != nil {
-			return fmt.Errorf("mount overlay: %w", err)
-		}
-		m, err = kernel.CloneTree(unix.AT_FDCWD, "/sys", false)
-		return err
-	})
-	return m, err
-}
-
-// overlayOptions names every directory by a descriptor, to fit one page.
-func overlayOptions(r oci.Rootfs) (opts string, files []*os.File, err error) {
-	name := func(p string) string {
-		f, oerr := os.OpenFile(p, unix.O_PATH|unix.O_DIRECTORY, 0)
-		if oerr != nil {
-			err = errors.Join(err, oerr)
-			return ""
-		}
-		files = append(files, f)
-		return fmt.Sprintf("/proc/self/fd/%d", f.Fd())
-	}
-	var lowers []string
-	for _, l := range r.Lowers {
-		lowers = append(lowers, name(l))
-	}
-	opts = "lowerdir=" + strings.Join(lowers, ":")
-	if r.Upper != "" {
-		opts += ",upperdir=" + name(r.Upper) + ",workdir=" + name(r.Work)
-		if r.Volatile {
-			opts += ",volatile"
-		}
-	}
-	if err == nil && len(opts) >= os.Getpagesize() {
-		err = invalid("rootfs.lowers: %d layers are more than this kernel takes", len(r.Lowers))
-	}
-	return opts, files, err
 }

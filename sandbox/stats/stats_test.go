@@ -188,6 +188,11 @@ func makeCgroups(t testing.TB, h Hierarchies, n int) []string {
 	for _, r := range roots {
 		mkdir(filepath.Join(r, parent))
 	}
+	if h.Unified != "" { // a parent hands down what it was given
+		if err := os.WriteFile(filepath.Join(h.Unified, parent, "cgroup.subtree_control"), []byte("+memory +pids"), 0); err != nil {
+			t.Skipf("needs a root cgroup that hands memory and pids down: %v", err)
+		}
+	}
 	for i := range n {
 		d := fmt.Sprintf("%s/%d", parent, i)
 		for _, r := range roots {
