@@ -14,8 +14,11 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"strings"
 )
+
+const builtProgram = "BERTH_TESTIMAGE_PROG"
 
 //go:embed prog/*.go
 var source embed.FS
@@ -23,8 +26,13 @@ var source embed.FS
 // BuildProgram builds the test program for goarch ("" is the machine's own) as a
 // static binary with the go command of $PATH, and returns its bytes. It needs
 // neither the network nor this module's source: the program's own source is in
-// the calling binary.
+// the calling binary. Where $BERTH_TESTIMAGE_PROG is set it names a file that
+// holds the program already built for the machine's own architecture: machines
+// without Go, such as the virtual machine of `make test-vm`, use that.
 func BuildProgram(ctx context.Context, goarch string) ([]byte, error) {
+	if built := os.Getenv(builtProgram); built != "" && (goarch == "" || goarch == runtime.GOARCH) {
+		return os.ReadFile(built)
+	}
 	dir, err := os.MkdirTemp("", "berth-testimage-")
 	if err != nil {
 		return nil, err
