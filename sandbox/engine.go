@@ -181,41 +181,44 @@ func (e *Engine) insertPod(p *pod) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	e.pods[p.id] = p
-	e.refreshLocked()
+	v := e.view.Load()
+	e.view.Store(&view{pods: inserted(v.pods, p, p.created, func(q *pod) int64 { return q.created }), containers: v.containers})
 }
 
 func (e *Engine) insertContainer(c *container) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	e.containers[c.id] = c
-	e.refreshLocked()
+	v := e.view.Load()
+	e.view.Store(&view{pods: v.pods, containers: inserted(v.containers, c, c.created, func(d *container) int64 { return d.created })})
 }
 
 func (e *Engine) dropPod(p *pod) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	delete(e.pods, p.id)
-	e.refreshLocked()
+	v := e.view.Load()
+	e.view.Store(&view{pods: without(v.pods, p), containers: v.containers})
 }
 
 func (e *Engine) dropContainer(c *container) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	delete(e.containers, c.id)
-	e.refreshLocked()
+	v := e.view.Load()
+	e.view.Store(&view{pods: v.pods, containers: without(v.containers, c)})
 }
 
-func (e *Engine) refreshLocked() {
-	v := &view{pods: make([]*pod, 0, len(e.pods)), containers: make([]*container, 0, len(e.containers))}
-	for _, p := range e.pods {
-		v.pods = append(v.pods, p)
-	}
-	for _, c := range e.containers {
-		v.containers = append(v.containers, c)
-	}
-	slices.SortFunc(v.pods, func(a, b *pod) int { return cmp.Compare(b.created, a.created) })
-	slices.SortFunc(v.containers, func(a, b *container) int { return cmp.Compare(b.created, a.created) })
-	e.view.Store(v)
+// inserted is a copy of all, newest first, with x in its place.
+func inserted[T any](all []*T, x *T, at int64, created func(*T) int64) []*T {
+	i, _ := slices.BinarySearchFunc(all, at, func(y *T, at int64) int { return cmp.Compare(at, created(y)) })
+	out := make([]*T, 0, len(all)+1)
+	return append(append(append(out, all[:i]...), x), all[i:]...)
+}
+
+// without is a copy of all that lacks x.
+func without[T any](all []*T, x *T) []*T {
+	return slices.DeleteFunc(slices.Clone(all), func(y *T) bool { return y == x })
 }
 
 // findPod finds a pod by id or unique prefix.

@@ -1,12 +1,14 @@
 package sandbox
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"io"
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -272,9 +274,26 @@ func TestCreatedAtNeverRepeats(t *testing.T) {
 	wg.Wait()
 }
 
+func TestViewIsNewestFirst(t *testing.T) {
+	var v []*pod
+	for _, at := range []int64{5, 1, 9, 3, 7, 2, 8, 6, 4} {
+		p := &pod{created: at}
+		old := len(v)
+		v = inserted(v, p, at, func(q *pod) int64 { return q.created })
+		if len(v) != old+1 || !slices.IsSortedFunc(v, func(a, b *pod) int { return cmp.Compare(b.created, a.created) }) {
+			t.Fatalf("after %d: not sorted", at)
+		}
+	}
+	third := v[2]
+	if w := without(v, third); len(w) != 8 || slices.Contains(w, third) || len(v) != 9 || v[2] != third {
+		t.Error("the old view changed, or the new one is wrong")
+	}
+}
+
 // crowd is an engine with many rows and nothing behind them.
 func crowd(rows int) *Engine {
 	e := &Engine{pods: map[id.Pod]*pod{}, containers: map[id.Container]*container{}}
+	e.view.Store(&view{})
 	for i := range rows {
 		p := &pod{id: id.NewPod(), created: int64(i), rec: podRecord{Config: &PodConfig{Labels: map[string]string{"app": "x", "n": fmt.Sprint(i % 10)}}, State: lifecycle.Ready}}
 		p.rec.ID = p.id
@@ -282,9 +301,9 @@ func crowd(rows int) *Engine {
 		c := &container{id: id.NewContainer(), pod: p, created: int64(i), rec: containerRecord{Config: &ContainerConfig{Labels: p.rec.Config.Labels}, State: lifecycle.Running}}
 		c.rec.ID, c.rec.Pod = c.id, p.id
 		c.status.Store(c.rec.status())
-		e.pods[p.id], e.containers[c.id] = p, c
+		e.insertPod(p)
+		e.insertContainer(c)
 	}
-	e.refreshLocked()
 	return e
 }
 
@@ -309,10 +328,11 @@ func BenchmarkList2000(b *testing.B) {
 			}
 		}
 	})
-	b.Run("insert", func(b *testing.B) {
-		p := e.view.Load().pods[1000]
+	b.Run("insert and drop", func(b *testing.B) {
+		p := &pod{id: id.NewPod(), created: 1 << 40}
 		for b.Loop() {
 			e.insertPod(p)
+			e.dropPod(p)
 		}
 	})
 }
