@@ -25,24 +25,28 @@ type kit struct {
 func needRoot(t testing.TB) {
 	t.Helper()
 	if os.Geteuid() != 0 {
-		t.Skip("skipped: needs root: pods have real namespaces")
+		t.Skip("skipped: needs root: the engine and its pods have real namespaces")
 	}
 }
 
 func newKit(t testing.TB) *kit {
-	needRoot(t)
+	t.Helper()
 	return openKit(t, newWorld(t), t.TempDir(), t.TempDir())
 }
 
 func openKit(t testing.TB, w *world, root, state string) *kit {
 	t.Helper()
+	needRoot(t)
 	k := &kit{t: t, w: w, l: w.connect(), root: root, state: state}
 	e, err := Open(context.Background(), Config{Root: root, State: state, Images: k.l, Network: k.l, Runtime: k.l, Streams: &streams{link: k.l}, FDs: k.l})
 	if err != nil {
 		t.Fatal(err)
 	}
 	k.Engine = e
-	t.Cleanup(k.drop)
+	t.Cleanup(func() {
+		k.drop()
+		_ = k.Engine.empty.Close()
+	})
 	return k
 }
 

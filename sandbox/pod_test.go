@@ -317,7 +317,7 @@ func TestPodInitEnds(t *testing.T) {
 }
 
 func TestHostNetworkPod(t *testing.T) {
-	k := openKit(t, newWorld(t), t.TempDir(), t.TempDir()) // makes no namespace: needs no root
+	k := newKit(t)
 	cfg := podConfig("a")
 	cfg.Namespaces = Namespaces{Network: NamespaceNode, IPC: NamespaceNode, PID: NamespaceContainer}
 	p := must(k.RunPod(context.Background(), cfg))(t)

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"os"
 	"os/exec"
@@ -44,6 +45,16 @@ func (s *streams) Exec(ctx context.Context, r wire.Exec, in, out, errOut *os.Fil
 	if errOut != nil {
 		cmd.Stderr = errOut
 	}
+	var console *os.File
+	if r.Process.Terminal {
+		master, end, err := openPTY()
+		if err != nil {
+			return 0, nil, nil, err
+		}
+		defer end.Close()
+		console, cmd.Stdin, cmd.Stdout, cmd.Stderr = master, end, end, end
+		cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true, Setctty: true}
+	}
 	exit := make(chan wire.Exit, 1)
 	err := s.call(ctx, "exec", string(r.ID), func() error {
 		f, err := s.find(r.ID)
@@ -70,7 +81,25 @@ func (s *streams) Exec(ctx context.Context, r wire.Exec, in, out, errOut *os.Fil
 	if err != nil {
 		return 0, nil, nil, err
 	}
-	return cmd.Process.Pid, nil, exit, nil
+	return cmd.Process.Pid, console, exit, nil
+}
+
+func openPTY() (master, end *os.File, err error) {
+	if master, err = os.OpenFile("/dev/ptmx", os.O_RDWR|unix.O_NOCTTY, 0); err != nil {
+		return nil, nil, err
+	}
+	fd := int(master.Fd())
+	n, err := unix.IoctlGetInt(fd, unix.TIOCGPTN)
+	if err == nil {
+		err = unix.IoctlSetPointerInt(fd, unix.TIOCSPTLCK, 0)
+	}
+	if err == nil {
+		end, err = os.OpenFile(fmt.Sprintf("/dev/pts/%d", n), os.O_RDWR|unix.O_NOCTTY, 0)
+	}
+	if err != nil {
+		master.Close()
+	}
+	return master, end, err
 }
 
 func (s *streams) Resize(_ context.Context, r wire.Resize) error {
@@ -288,6 +317,40 @@ func TestExecEndsWithItsContext(t *testing.T) {
 	}
 	pg := k.w.group(c)
 	until(t, "the process is dead of SIGPIPE", func() bool { return !alive(pg) })
+}
+
+func TestExecTerminal(t *testing.T) {
+	k, c := execKit(t)
+	s := k.cfg.Streams.(*streams)
+	r, w := io.Pipe()
+	defer w.Close()
+	sizes := make(chan TermSize, 2)
+	sizes <- TermSize{}
+	sizes <- TermSize{Width: 100, Height: 30}
+	out := &sink{}
+	go func() {
+		until(t, "resized", func() bool { s.mu.Lock(); defer s.mu.Unlock(); return len(s.resized) == 1 })
+		_, _ = io.WriteString(w, "hi\n")
+	}()
+	code := must(k.Exec(context.Background(), string(c), []string{"sh", "-c", "read x; echo got $x; exit 4"},
+		StreamIO{Stdin: r, Stdout: out, TTY: true, Resize: sizes}))(t)
+	if code != 4 || !strings.Contains(out.String(), "got hi\r\n") {
+		t.Errorf("%d, %q", code, out)
+	}
+	if got := s.resized[0]; got.Width != 100 || got.Height != 30 || got.Exec == "" {
+		t.Errorf("%+v", got)
+	}
+}
+
+func TestExecTerminalHangsUp(t *testing.T) {
+	k, c := execKit(t)
+	ctx, cancel := context.WithTimeout(context.Background(), 200*time.Millisecond)
+	defer cancel()
+	if _, err := k.Exec(ctx, string(c), []string{"sleep", "60"}, StreamIO{Stdout: &sink{}, TTY: true}); err == nil {
+		t.Error("no error")
+	}
+	pg := k.w.group(c)
+	until(t, "the process is dead of SIGHUP", func() bool { return !alive(pg) })
 }
 
 func attachKit(t *testing.T, cfg *ContainerConfig) (*kit, *streams, id.Container) {
