@@ -19,6 +19,17 @@ func readlink(args []string) int {
 	return 0
 }
 
+// xattr PATH NAME: the value of an extended attribute, raw.
+func xattr(args []string) int {
+	buf := make([]byte, 64<<10)
+	n, err := syscall.Getxattr(args[0], args[1], buf)
+	if err != nil {
+		return complain(err)
+	}
+	os.Stdout.Write(buf[:n])
+	return 0
+}
+
 // ps: pid and command line of every process in sight.
 func ps([]string) int {
 	dirs, err := filepath.Glob("/proc/[0-9]*")
