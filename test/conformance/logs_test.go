@@ -54,7 +54,7 @@ func TestLogFormat(t *testing.T) {
 
 func TestReopenLosesNothing(t *testing.T) {
 	p := runPod(t, nil)
-	c := run(t, p, "count", "20000", "20") // n lines, microseconds between
+	c := run(t, p, "count", "3000", "100") // n lines, microseconds between
 	path := containerStatus(t, c).LogPath
 	var files []string
 	for i := range 5 {
@@ -78,8 +78,8 @@ func TestReopenLosesNothing(t *testing.T) {
 			next++
 		}
 	}
-	if next != 20000 {
-		t.Fatalf("%d of 20000 lines", next)
+	if next != 3000 {
+		t.Fatalf("%d of 3000 lines", next)
 	}
 	if err := os.Remove(path); err != nil {
 		t.Fatal(err)
