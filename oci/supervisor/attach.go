@@ -1,6 +1,7 @@
 package supervisor
 
 import (
+	"context"
 	"os"
 	"sync"
 
@@ -19,8 +20,8 @@ type attachers struct {
 }
 
 // add takes over the files and serves them until the output ends, the reader
-// goes away, or it falls behind. It reports false after the end of the output.
-func (a *attachers) add(start func(func()), stdout, stderr *os.File) bool {
+// goes away, it falls behind, or ctx ends. It reports false after the end of the output.
+func (a *attachers) add(ctx context.Context, start func(func()), stdout, stderr *os.File) bool {
 	at := &attacher{files: [2]*os.File{stdout, stderr}, wake: make(chan struct{}, 1), gone: make(chan struct{})}
 	a.mu.Lock()
 	if a.ended {
@@ -40,8 +41,10 @@ func (a *attachers) add(start func(func()), stdout, stderr *os.File) bool {
 			start(func() { _ = waitReadable(f, unix.POLLERR); at.cut() })
 		}
 	}
+	stop := context.AfterFunc(ctx, at.cut)
 	start(func() {
 		at.run()
+		stop()
 		a.mu.Lock()
 		delete(a.all, at)
 		a.mu.Unlock()

@@ -76,15 +76,18 @@ func (s *Server) accept() {
 		}
 		c := &conn{s: s, wire: w, wake: make(chan struct{}, 1)}
 		s.mu.Lock()
-		s.conns[c] = struct{}{}
 		ending := s.ending
+		if !ending {
+			s.conns[c] = struct{}{}
+		}
 		s.mu.Unlock()
 		if ending {
 			c.close()
+			continue
 		}
 		s.touch()
-		s.goNamed("send", c.send)
-		s.goNamed("receive", c.receive)
+		s.goClient("send", c.send)
+		s.goClient("receive", c.receive)
 	}
 }
 
@@ -135,7 +138,7 @@ func (c *conn) receive() {
 			}
 			return
 		}
-		go c.serve(f, files)
+		c.s.goClient("serve", func() { c.serve(f, files) })
 	}
 }
 

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"slices"
 	"sync"
 	"time"
 
@@ -47,7 +48,8 @@ type container struct {
 	startedAt time.Time
 	exit      *wire.Exit
 	cgroups   map[string]string // of the first process when it started
-	execs     map[id.Exec]*exec
+	execs     map[id.Exec]*exec // nil for one that is being started
+	oomSeen   uint64            // OOM kills that did not end the first process
 	deleting  *deletion
 
 	attached attachers
@@ -108,34 +110,14 @@ func (c *container) start(s *Server, r wire.Start) (_ wire.StartReply, watch fun
 		c.mu.Unlock()
 		return wire.StartReply{}, nil, err
 	}
-	c.life.Lock()
-	forked := s.children.forking()
-	p, err := c.oci.Start(context.Background(), io.child)
-	if err == nil {
-		s.children.add(p.Pid)
-	}
-	forked()
-	c.life.Unlock()
+	reply, err := c.launch(s, io)
 	io.closeChild()
 	if err != nil {
 		io.closeOurs()
 		return wire.StartReply{}, nil, err
 	}
-	first, err := s.adopt(p)
-	if err != nil {
-		io.closeOurs()
-		return wire.StartReply{}, nil, err
-	}
-	if p.Console != nil {
-		if err := io.useConsole(first, p.Console); err != nil {
-			s.log.Error("terminal of a container is lost", "container", string(c.id), "error", err)
-		}
-	}
-	cgroups := cgroupsOf(p.Pid)
 	c.mu.Lock()
-	c.first, c.log, c.stdinEnd = first, io.log, io.stdin
-	c.startedAt, c.cgroups = time.Now().UTC(), cgroups
-	reply := wire.StartReply{Pid: p.Pid, StartedAt: c.startedAt}
+	first := c.first
 	c.mu.Unlock()
 	for _, o := range io.outputs {
 		s.goNamed("output", func() {
@@ -147,10 +129,62 @@ func (c *container) start(s *Server, r wire.Start) (_ wire.StartReply, watch fun
 	return reply, func() { s.goNamed("watch", func() { c.watch(s, first, io) }) }, nil
 }
 
+// launch starts the first process. It holds life until the process is known as
+// first: a Delete that waits for life must find it.
+func (c *container) launch(s *Server, io *stdio) (wire.StartReply, error) {
+	c.life.Lock()
+	defer c.life.Unlock()
+	c.mu.Lock()
+	if c.deleting != nil { // since start looked
+		c.starting = false
+		c.mu.Unlock()
+		return wire.StartReply{}, fmt.Errorf("container %s: being deleted: %w", c.id, errdefs.ErrFailedPrecondition)
+	}
+	c.mu.Unlock()
+	forked := s.children.forking()
+	p, err := c.oci.Start(context.Background(), io.child)
+	if err == nil {
+		s.children.add(p.Pid)
+	}
+	forked()
+	if err != nil {
+		return wire.StartReply{}, err
+	}
+	first, err := s.adopt(p)
+	if err != nil {
+		return wire.StartReply{}, err
+	}
+	if p.Console != nil {
+		if err := io.useConsole(first, p.Console); err != nil {
+			s.log.Error("terminal of a container is lost", "container", string(c.id), "error", err)
+		}
+	}
+	cgroups := cgroupsOf(p.Pid)
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.first, c.log, c.stdinEnd = first, io.log, io.stdin
+	c.startedAt, c.cgroups = time.Now().UTC(), cgroups
+	return wire.StartReply{Pid: p.Pid, StartedAt: c.startedAt}, nil
+}
+
+// beforeKill notes the OOM kills so far, before we send SIGKILL to the first
+// process: one of its children was their victim if the first process still runs.
+// life must be held.
+func (c *container) beforeKill() {
+	n, err := c.oci.OOMKills()
+	if err != nil {
+		return
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.first != nil && !c.first.exited() {
+		c.oomSeen = n
+	}
+}
+
 // watch waits for the end of the first process and publishes it.
 func (c *container) watch(s *Server, first *process, io *stdio) {
-	e := first.wait()
-	s.children.remove(first.pid)
+	e := first.wait(s.children)
 	e.ID = c.id
 	c.life.RLock()
 	// Whatever is left in the cgroup has lost its first process and would hold
@@ -159,14 +193,13 @@ func (c *container) watch(s *Server, first *process, io *stdio) {
 		s.log.Warn("processes of an exited container", "container", string(c.id), "error", err)
 	}
 	if e.Signal == sigkill {
-		if n, err := c.oci.OOMKills(); err == nil && n > 0 {
-			e.OOMKilled = true
-		}
+		n, err := c.oci.OOMKills()
+		c.mu.Lock()
+		e.OOMKilled = err == nil && n > c.oomSeen
+		c.mu.Unlock()
 	}
 	c.life.RUnlock()
-	for _, o := range io.outputs {
-		o.stop(drainTime)
-	}
+	stopOutputs(io.outputs, drainTime)
 	c.attached.end()
 	if io.log != nil {
 		if n := io.log.Dropped(); n > 0 {
@@ -186,7 +219,8 @@ func (c *container) watch(s *Server, first *process, io *stdio) {
 	s.publish(e)
 }
 
-// exec starts a further process.
+// exec starts a further process. Its id is taken before the process is made, and
+// life is held until the process is known, so that Delete finds it.
 func (c *container) exec(s *Server, owner *conn, r wire.Exec, io oci.Stdio) (_ wire.ExecReply, console *os.File, watch func(), err error) {
 	if _, err := c.running(); err != nil {
 		return wire.ExecReply{}, nil, nil, err
@@ -196,15 +230,27 @@ func (c *container) exec(s *Server, owner *conn, r wire.Exec, io oci.Stdio) (_ w
 		c.mu.Unlock()
 		return wire.ExecReply{}, nil, nil, fmt.Errorf("exec %s: %w", r.Exec, errdefs.ErrAlreadyExists)
 	}
+	if c.execs == nil {
+		c.execs = map[id.Exec]*exec{}
+	}
+	c.execs[r.Exec] = nil
 	c.mu.Unlock()
+	var x *exec
+	defer func() {
+		if x == nil { // also after a panic of the runtime
+			c.mu.Lock()
+			delete(c.execs, r.Exec)
+			c.mu.Unlock()
+		}
+	}()
 	c.life.RLock()
+	defer c.life.RUnlock()
 	forked := s.children.forking()
 	p, err := c.oci.Exec(context.Background(), r.Process, io)
 	if err == nil {
 		s.children.add(p.Pid)
 	}
 	forked()
-	c.life.RUnlock()
 	if err != nil {
 		return wire.ExecReply{}, nil, nil, err
 	}
@@ -218,11 +264,8 @@ func (c *container) exec(s *Server, owner *conn, r wire.Exec, io oci.Stdio) (_ w
 			s.log.Error("terminal of an exec is lost to resizing", "container", string(c.id), "error", err)
 		}
 	}
-	x := &exec{process: proc, id: r.Exec, owner: owner}
+	x = &exec{process: proc, id: r.Exec, owner: owner}
 	c.mu.Lock()
-	if c.execs == nil {
-		c.execs = map[id.Exec]*exec{}
-	}
 	c.execs[r.Exec] = x
 	late := c.deleting != nil
 	c.mu.Unlock()
@@ -233,8 +276,7 @@ func (c *container) exec(s *Server, owner *conn, r wire.Exec, io oci.Stdio) (_ w
 }
 
 func (c *container) watchExec(s *Server, x *exec) {
-	e := x.wait()
-	s.children.remove(x.pid)
+	e := x.wait(s.children)
 	e.ID, e.Exec = c.id, x.id
 	c.mu.Lock()
 	delete(c.execs, x.id)
@@ -268,17 +310,27 @@ func (c *container) signal(r wire.Signal) error {
 	if r.All {
 		c.life.RLock()
 		defer c.life.RUnlock()
+		c.beforeKill()
 		return c.oci.KillAll()
 	}
 	p, err := c.running()
 	if err != nil {
 		return err
 	}
+	if r.Signal == sigkill {
+		c.life.RLock()
+		defer c.life.RUnlock()
+		c.beforeKill()
+	}
 	return p.signal(r.Signal)
 }
 
-// delete kills, waits and removes; concurrent calls join the running one.
-func (c *container) delete(s *Server) error {
+// errRunning is why a container is not deleted that only an ended one may be.
+var errRunning = fmt.Errorf("container is running: %w", errdefs.ErrFailedPrecondition)
+
+// delete kills, waits and removes; concurrent calls join the running one. With
+// ended it leaves a container alone that is being started or runs.
+func (c *container) delete(s *Server, ended bool) error {
 	<-c.made
 	if c.makeErr != nil {
 		return nil // Create left nothing
@@ -288,6 +340,10 @@ func (c *container) delete(s *Server) error {
 		c.mu.Unlock()
 		<-d.done
 		return d.err
+	}
+	if ended && c.exit == nil && c.starting {
+		c.mu.Unlock()
+		return errRunning
 	}
 	d := &deletion{done: make(chan struct{})}
 	c.deleting = d
@@ -308,19 +364,11 @@ func (c *container) remove(s *Server) error {
 	deadline := time.Now().Add(deleteTime)
 	for {
 		c.life.RLock()
+		c.beforeKill()
 		kerr := c.oci.KillAll()
 		c.life.RUnlock()
-		c.mu.Lock()
-		var waits []*process
-		if c.first != nil {
-			waits = append(waits, c.first)
-		}
-		for _, x := range c.execs {
-			waits = append(waits, x.process)
-		}
-		c.mu.Unlock()
 		left := 0
-		for _, p := range waits {
+		for _, p := range c.processes() {
 			if !p.exited() {
 				_ = p.signal(sigkill) // also when the cgroup cannot be killed
 			}
@@ -331,15 +379,33 @@ func (c *container) remove(s *Server) error {
 				left++
 			}
 		}
-		if left == 0 {
+		// With life held no exec is on its way; one that was ends late but is known.
+		c.life.Lock()
+		if left == 0 && !slices.ContainsFunc(c.processes(), func(p *process) bool { return !p.published() }) {
 			break
 		}
+		c.life.Unlock()
 		if time.Now().After(deadline) {
 			return errors.Join(fmt.Errorf("container %s: %d processes do not end: %w", c.id, left, errdefs.ErrUnavailable), kerr)
 		}
 	}
-	c.attached.end()
-	c.life.Lock()
 	defer c.life.Unlock()
+	c.attached.end()
 	return c.oci.Delete()
+}
+
+// processes are those that were started and are not forgotten.
+func (c *container) processes() []*process {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	var out []*process
+	if c.first != nil {
+		out = append(out, c.first)
+	}
+	for _, x := range c.execs {
+		if x != nil {
+			out = append(out, x.process)
+		}
+	}
+	return out
 }

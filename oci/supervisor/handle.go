@@ -172,6 +172,7 @@ func (c *conn) exec(f wire.Frame, files []*os.File) (any, []*os.File, func(), er
 	if r.Process == nil || r.Exec == "" {
 		return nil, nil, nil, fmt.Errorf("exec: process or exec id missing: %w", errdefs.ErrInvalidArgument)
 	}
+	setEnv(r.Process, r.Env)
 	want := 3
 	if r.Process.Terminal {
 		want = 0
@@ -222,6 +223,10 @@ func (s *Server) create(f wire.Frame) error {
 		<-old.made
 		return old.makeErr
 	}
+	if s.ending {
+		s.mu.Unlock()
+		return fmt.Errorf("supervisor is ending: %w", errdefs.ErrUnavailable)
+	}
 	s.containers[r.ID] = c
 	s.mu.Unlock()
 	s.touch()
@@ -232,8 +237,37 @@ func (s *Server) create(f wire.Frame) error {
 		}
 		close(c.made)
 	}()
+	s.complete(&r)
 	c.oci, c.makeErr = s.make(rt, r)
 	return c.makeErr
+}
+
+// complete fills in what the spec leaves to us: without an oom_score_adj of its
+// own a container would inherit the supervisor's, which the OOM killer spares.
+func (s *Server) complete(r *wire.Create) {
+	p := r.Spec.Process
+	if p == nil && r.PodInit {
+		p = &specs.Process{Cwd: "/", NoNewPrivileges: true}
+		r.Spec.Process = p
+	}
+	if p == nil {
+		return
+	}
+	if p.OOMScoreAdj == nil {
+		p.OOMScoreAdj = &s.score
+	}
+	setEnv(p, r.Env)
+}
+
+// setEnv replaces the environment by one that came as bytes.
+func setEnv(p *specs.Process, env [][]byte) {
+	if env == nil {
+		return
+	}
+	p.Env = make([]string, len(env))
+	for i, e := range env {
+		p.Env[i] = string(e)
+	}
 }
 
 func (s *Server) make(rt oci.Runtime, r wire.Create) (_ oci.Container, err error) {
@@ -301,7 +335,7 @@ func (s *Server) remove(target id.Container) error {
 	if c == nil {
 		return nil
 	}
-	return c.delete(s)
+	return c.delete(s, false)
 }
 
 // borrow duplicates a kept descriptor.

@@ -22,6 +22,7 @@ import (
 	"github.com/berth-runtime/berth/oci/supervisor"
 	"github.com/berth-runtime/berth/oci/supervisor/client"
 	"github.com/berth-runtime/berth/oci/supervisor/wire"
+	"github.com/berth-runtime/berth/test/pace"
 )
 
 const role = "BERTH_TEST_ROLE"
@@ -204,7 +205,7 @@ func (n *node) end() {
 	if _, err := os.Stat(filepath.Join(n.dir, supervisor.SocketName)); err != nil {
 		return
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), pace.Wait(20*time.Second))
 	defer cancel()
 	c, err := client.Open(ctx, client.Config{StateDir: n.dir})
 	if err != nil {
@@ -234,7 +235,7 @@ func alive(pid int) bool {
 
 func waitFor(t testing.TB, what string, ok func() bool) {
 	t.Helper()
-	for deadline := time.Now().Add(10 * time.Second); !ok(); time.Sleep(5 * time.Millisecond) {
+	for deadline := time.Now().Add(pace.Wait(10 * time.Second)); !ok(); time.Sleep(5 * time.Millisecond) {
 		if time.Now().After(deadline) {
 			t.Errorf("waited 10 s for %s", what)
 			return
@@ -262,7 +263,7 @@ func start(t testing.TB, c *client.Client, dir string, r wire.Create) (id.Contai
 
 func exitOf(t testing.TB, c *client.Client, want id.Container) wire.Exit {
 	t.Helper()
-	limit := time.After(15 * time.Second)
+	limit := time.After(pace.Wait(15 * time.Second))
 	for {
 		select {
 		case e := <-c.Exits():

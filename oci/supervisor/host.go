@@ -39,7 +39,7 @@ func takeLock(path string) (*os.File, error) {
 			return nil, fmt.Errorf("lock %s: another supervisor serves this directory: %w: %w", path, err, errdefs.ErrAlreadyExists)
 		}
 	}
-	if err := f.Truncate(0); err == nil {
+	if err = f.Truncate(0); err == nil {
 		_, err = f.WriteAt([]byte(strconv.Itoa(os.Getpid())+"\n"), 0)
 	}
 	if err != nil {
@@ -76,6 +76,19 @@ func listen(path string) (*os.File, error) {
 
 // pauseAfter slows down a loop that meets a lack of descriptors or memory.
 func pauseAfter(error) { time.Sleep(50 * time.Millisecond) }
+
+// ownScore is our oom_score_adj, 0 when it cannot be read.
+func ownScore() int {
+	b, err := os.ReadFile("/proc/self/oom_score_adj")
+	if err != nil {
+		return 0
+	}
+	n, err := strconv.Atoi(strings.TrimSpace(string(b)))
+	if err != nil {
+		return 0
+	}
+	return n
+}
 
 // becomeSupervisor sets what makes this process fit to be parent of containers.
 // leave undoes what outlives the process.

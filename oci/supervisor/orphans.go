@@ -47,14 +47,36 @@ func (c *children) forking() (done func()) {
 func (c *children) add(pid int) {
 	c.mu.Lock()
 	c.known[pid] = struct{}{}
+	delete(c.seen, pid)
 	c.mu.Unlock()
 }
 
-// remove is called after the child was reaped.
-func (c *children) remove(pid int) {
+// wait waits until the child pid has ended, and reaps and forgets it in one
+// step: its pid may belong to a new child a moment after it was reaped.
+func (c *children) wait(pid int) (unix.WaitStatus, error) {
+	for {
+		status, gone, err := c.tryWait(pid)
+		if gone || err != nil {
+			return status, err
+		}
+		// WALL: a runtime may have cloned the child with another exit signal than SIGCHLD.
+		err = unix.Waitid(unix.P_PID, pid, nil, unix.WEXITED|unix.WNOWAIT|unix.WALL, nil)
+		if err != nil && err != unix.EINTR {
+			return 0, err
+		}
+	}
+}
+
+func (c *children) tryWait(pid int) (status unix.WaitStatus, gone bool, err error) {
 	c.mu.Lock()
+	defer c.mu.Unlock()
+	got, err := unix.Wait4(pid, &status, unix.WNOHANG|unix.WALL, nil)
+	if err == unix.EINTR || err == nil && got == 0 {
+		return 0, false, nil
+	}
 	delete(c.known, pid)
-	c.mu.Unlock()
+	delete(c.seen, pid)
+	return status, true, err
 }
 
 // reapOrphans reaps until ctx ends.
@@ -86,23 +108,35 @@ func (c *children) reapOrphans(ctx context.Context) {
 // reap reports whether no zombie is left.
 func (c *children) reap() bool {
 	for {
-		pid, ok := zombie()
-		if !ok {
-			c.mu.Lock()
-			clear(c.seen)
-			c.mu.Unlock()
+		switch found, reaped := c.reapOne(); {
+		case !found:
 			return true
-		}
-		if !c.orphan(pid) {
+		case !reaped:
 			return false
 		}
-		_, _ = unix.Wait4(pid, nil, unix.WNOHANG|unix.WALL, nil)
 	}
 }
 
-func (c *children) orphan(pid int) bool {
+// reapOne looks, decides and reaps under the lock: the zombie that was looked
+// at could be reaped by its owner and its pid given to a new child in between.
+// None of its system calls blocks.
+func (c *children) reapOne() (found, reaped bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	pid, ok := zombie()
+	if !ok {
+		clear(c.seen)
+		return false, false
+	}
+	if !c.orphan(pid) {
+		return true, false
+	}
+	_, _ = unix.Wait4(pid, nil, unix.WNOHANG|unix.WALL, nil)
+	return true, true
+}
+
+// orphan must be called with the lock held.
+func (c *children) orphan(pid int) bool {
 	if _, ok := c.known[pid]; ok {
 		delete(c.seen, pid)
 		return false

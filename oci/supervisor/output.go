@@ -13,7 +13,10 @@ import (
 	"github.com/berth-runtime/berth/oci/supervisor/crilog"
 )
 
-const readBuffer = 64 << 10
+const (
+	readBuffer    = 64 << 10
+	terminalHolds = 128 << 10 // no less than the kernel buffers of a terminal
+)
 
 // buffers are taken only while there is something to read: an idle container
 // costs a parked goroutine, not a buffer.
@@ -99,7 +102,7 @@ type output struct {
 	done   chan struct{}
 }
 
-// run reads until the end of the stream or the deadline set by stop.
+// run reads until the end of the stream or the deadline set by stopOutputs.
 func (o *output) run(deliver func(stream int, p []byte)) error {
 	defer close(o.done)
 	if o.log != nil {
@@ -110,54 +113,91 @@ func (o *output) run(deliver func(stream int, p []byte)) error {
 		return err
 	}
 	for {
-		var buf *[]byte
-		var n int
-		var rerr error
-		err := raw.Read(func(fd uintptr) bool {
-			b := buffers.Get().(*[]byte)
-			for {
-				n, rerr = unix.Read(int(fd), *b)
-				if rerr != unix.EINTR {
-					break
-				}
-			}
-			if rerr == unix.EAGAIN {
-				buffers.Put(b)
-				return false
-			}
-			buf = b
-			return true
-		})
-		if buf != nil {
-			if n > 0 {
-				p := (*buf)[:n]
-				if o.log != nil {
-					o.log.Write(p)
-				}
-				deliver(o.number, p)
-			}
-			buffers.Put(buf)
-		}
+		n, err := o.next(raw.Read, deliver)
 		switch {
-		case errors.Is(err, os.ErrDeadlineExceeded), errors.Is(err, os.ErrClosed):
+		case errors.Is(err, os.ErrDeadlineExceeded):
+			return o.drain(raw, deliver)
+		case errors.Is(err, os.ErrClosed):
 			return nil
-		case err != nil:
+		case err != nil || n == 0:
 			return err
-		case rerr == unix.EIO: // a terminal whose last slave was closed
-			return nil
-		case rerr != nil:
-			return rerr
-		case n == 0:
-			return nil
 		}
 	}
 }
 
-// stop lets run read what is there, for at most d.
-func (o *output) stop(d time.Duration) {
-	_ = o.file.SetReadDeadline(time.Now().Add(d))
-	<-o.done
-	_ = o.file.Close()
+// next reads once and passes on what came: 0 is the end of the stream. access is
+// raw.Read, or raw.Control in order not to wait: then nothing to read is EAGAIN.
+func (o *output) next(access func(func(fd uintptr) bool) error, deliver func(stream int, p []byte)) (n int, err error) {
+	var buf *[]byte
+	var rerr error
+	err = access(func(fd uintptr) bool {
+		b := buffers.Get().(*[]byte)
+		for {
+			n, rerr = unix.Read(int(fd), *b)
+			if rerr != unix.EINTR {
+				break
+			}
+		}
+		if rerr == unix.EAGAIN {
+			buffers.Put(b)
+			return false
+		}
+		buf = b
+		return true
+	})
+	if buf != nil {
+		if n > 0 {
+			p := (*buf)[:n]
+			if o.log != nil {
+				o.log.Write(p)
+			}
+			deliver(o.number, p)
+		}
+		buffers.Put(buf)
+	}
+	if err == nil && rerr != unix.EIO { // EIO: a terminal whose last slave was closed
+		err = rerr
+	}
+	return max(n, 0), err
+}
+
+// drain reads what is in the pipe after the deadline: a log disk that stalled
+// until then must not cost the container's last lines. It never waits, and it
+// takes no more than a pipe holds, or a process that goes on writing would keep
+// it for ever.
+func (o *output) drain(raw syscall.RawConn, deliver func(stream int, p []byte)) error {
+	left := terminalHolds
+	_ = control(o.file, func(fd int) error {
+		size, err := unix.FcntlInt(uintptr(fd), unix.F_GETPIPE_SZ, 0)
+		if err == nil {
+			left = size
+		}
+		return err
+	})
+	for left > 0 {
+		n, err := o.next(func(f func(uintptr) bool) error { return raw.Control(func(fd uintptr) { f(fd) }) }, deliver)
+		switch {
+		case err == unix.EAGAIN, errors.Is(err, os.ErrClosed):
+			return nil
+		case err != nil || n == 0:
+			return err
+		}
+		left -= n
+	}
+	return nil
+}
+
+// stopOutputs lets the outputs read on for at most d together, then what is in
+// their pipes, and closes them.
+func stopOutputs(outputs []*output, d time.Duration) {
+	deadline := time.Now().Add(d)
+	for _, o := range outputs {
+		_ = o.file.SetReadDeadline(deadline)
+	}
+	for _, o := range outputs {
+		<-o.done
+		_ = o.file.Close()
+	}
 }
 
 // pipe makes a pipe whose end ours is non-blocking; the container's end is not,

@@ -47,11 +47,19 @@ func (p *process) signal(sig int) error {
 	return fmt.Errorf("process %d: signal %d: %w", p.pid, sig, err)
 }
 
-func (p *process) exited() bool {
+// published tells whether the exit was published.
+func (p *process) published() bool {
 	select {
 	case <-p.done:
 		return true
 	default:
+		return false
+	}
+}
+
+func (p *process) exited() bool {
+	if p.published() {
+		return true
 	}
 	gone := false
 	err := control(p.pidfd, func(fd int) error {
@@ -64,29 +72,19 @@ func (p *process) exited() bool {
 }
 
 // wait parks until the process has ended, reaps it and returns its exit.
-func (p *process) wait() wire.Exit {
-	if err := waitReadable(p.pidfd, unix.POLLIN); err != nil {
-		// Not pollable (it always is since Linux 5.3): wait4 below blocks a thread instead.
-		_ = err
-	}
+func (p *process) wait(c *children) wire.Exit {
+	// An error means that the pidfd is not pollable (it always is since Linux 5.3):
+	// the wait below blocks a thread instead.
+	_ = waitReadable(p.pidfd, unix.POLLIN)
 	e := wire.Exit{Pid: p.pid, Code: 255}
-	var ws unix.WaitStatus
-	for {
-		// WALL: a runtime may have cloned the child with another exit signal than SIGCHLD.
-		_, err := unix.Wait4(p.pid, &ws, unix.WALL, nil)
-		if err == unix.EINTR {
-			continue
-		}
-		e.FinishedAt = time.Now().UTC()
-		if err != nil {
-			return e // ECHILD: somebody else reaped it; the code is lost
-		}
-		break
-	}
-	if ws.Signaled() {
+	ws, err := c.wait(p.pid)
+	e.FinishedAt = time.Now().UTC()
+	switch {
+	case err != nil: // ECHILD: somebody else reaped it; the code is lost
+	case ws.Signaled():
 		e.Signal = int(ws.Signal())
 		e.Code = 128 + e.Signal
-	} else {
+	default:
 		e.Code = ws.ExitStatus()
 	}
 	return e

@@ -56,7 +56,12 @@ type Server struct {
 	lock     *os.File
 	listener *os.File
 	children *children
-	end      chan struct{} // closed when it is time to leave
+	score    int             // oom_score_adj of containers whose spec has none
+	ctx      context.Context // ends with Serve
+	cancel   context.CancelFunc
+	clients  sync.WaitGroup // goroutines of the connections
+	lives    sync.WaitGroup // goroutines of containers, which end with them
+	end      chan struct{}  // closed when it is time to leave
 	endOnce  sync.Once
 
 	mu         sync.Mutex
@@ -74,6 +79,7 @@ func New(cfg Config) (_ *Server, err error) {
 		cfg: cfg, log: cfg.Log, children: newChildren(), end: make(chan struct{}),
 		containers: map[id.Container]*container{}, kept: map[string]*os.File{}, conns: map[*conn]struct{}{},
 	}
+	s.ctx, s.cancel = context.WithCancel(context.Background())
 	if s.log == nil {
 		s.log = slog.Default()
 	}
@@ -99,8 +105,10 @@ func New(cfg Config) (_ *Server, err error) {
 // is idle for 5 seconds, gets SIGTERM while no container runs, or ctx ends.
 // Containers that run when ctx ends keep running. A Server serves once.
 func (s *Server) Serve(ctx context.Context) error {
+	s.score = max(ownScore(), 0)
 	leave, err := becomeSupervisor(s.log)
 	if err != nil {
+		s.cancel()
 		return errors.Join(err, s.shut())
 	}
 	ctx, cancel := context.WithCancel(ctx)
@@ -118,6 +126,11 @@ func (s *Server) Serve(ctx context.Context) error {
 	err = s.shut()
 	cancel()
 	own.Wait()
+	s.cancel()
+	s.clients.Wait()
+	if !s.runs() {
+		s.lives.Wait()
+	}
 	leave()
 	return err
 }
@@ -153,28 +166,43 @@ func (s *Server) touch() {
 	}
 	if s.unused() {
 		s.idle = time.AfterFunc(idleTime, func() {
-			s.mu.Lock()
-			unused := s.unused()
-			s.mu.Unlock()
-			if unused {
+			if s.endIf(s.unused) {
 				s.leave()
 			}
 		})
 	}
 }
 
+// endIf decides to end when ok says so. It does so under the lock that also
+// guards the coming of connections and containers: whoever comes later is turned
+// away at once and finds, or starts, the next supervisor.
+func (s *Server) endIf(ok func() bool) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if !s.ending && !ok() {
+		return false
+	}
+	s.ending = true
+	return true
+}
+
 func (s *Server) unused() bool { return len(s.containers)+len(s.kept)+len(s.conns) == 0 }
 
-// goNamed runs f; a panic in it is logged and does not end the containers' parent.
-func (s *Server) goNamed(name string, f func()) {
-	go func() {
-		defer func() {
-			if p := recover(); p != nil {
-				s.log.Error("panic", "in", name, "panic", p, "stack", string(debug.Stack()))
-			}
-		}()
-		f()
+// goNamed runs f for a container. The goroutine ends with the container's
+// processes or with the reader of its output.
+func (s *Server) goNamed(name string, f func()) { s.lives.Go(func() { s.guard(name, f) }) }
+
+// goClient runs f for a connection; it ends when the connection is closed.
+func (s *Server) goClient(name string, f func()) { s.clients.Go(func() { s.guard(name, f) }) }
+
+// guard runs f; a panic in it is logged and does not end the containers' parent.
+func (s *Server) guard(name string, f func()) {
+	defer func() {
+		if p := recover(); p != nil {
+			s.log.Error("panic", "in", name, "panic", p, "stack", string(debug.Stack()))
+		}
 	}()
+	f()
 }
 
 // adopt makes a process of what a runtime started. When that cannot be done the
@@ -185,12 +213,7 @@ func (s *Server) adopt(p oci.Process) (*process, error) {
 		return proc, nil
 	}
 	_ = control(p.PidFD, func(fd int) error { return unix.PidfdSendSignal(fd, unix.SIGKILL, nil, 0) })
-	for {
-		if _, werr := unix.Wait4(p.Pid, nil, unix.WALL, nil); werr != unix.EINTR {
-			break
-		}
-	}
-	s.children.remove(p.Pid)
+	_, _ = s.children.wait(p.Pid) // killed: it ends, or somebody else has reaped it
 	_ = p.PidFD.Close()
 	if p.Console != nil {
 		_ = p.Console.Close()
@@ -254,14 +277,8 @@ func (s *Server) list() []wire.Info {
 
 // terminate serves SIGTERM: it ends the supervisor unless a container runs.
 func (s *Server) terminate() {
-	running := 0
-	for _, i := range s.list() {
-		if i.State == wire.Running {
-			running++
-		}
-	}
-	if running > 0 {
-		s.log.Warn("SIGTERM is ignored while containers run; stop them first", "running", running)
+	if s.runs() {
+		s.log.Warn("SIGTERM is ignored while containers run; stop them first")
 		return
 	}
 	s.mu.Lock()
@@ -270,10 +287,34 @@ func (s *Server) terminate() {
 		all = append(all, c)
 	}
 	s.mu.Unlock()
+	left := map[*container]bool{}
 	for _, c := range all {
-		if err := c.delete(s); err != nil {
+		err := c.delete(s, true)
+		if err != nil && !errors.Is(err, errRunning) {
 			s.log.Error("container is left behind", "container", string(c.id), "error", err)
+			left[c] = true
 		}
 	}
+	// One that was made or started meanwhile is not lost: it keeps us here.
+	if !s.endIf(func() bool {
+		for _, c := range s.containers {
+			if !left[c] {
+				return false
+			}
+		}
+		return true
+	}) {
+		s.log.Warn("SIGTERM is ignored: a container was started meanwhile")
+		return
+	}
 	s.leave()
+}
+
+func (s *Server) runs() bool {
+	for _, i := range s.list() {
+		if i.State == wire.Running {
+			return true
+		}
+	}
+	return false
 }

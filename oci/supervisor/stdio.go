@@ -165,7 +165,7 @@ func (c *container) attach(s *Server, stdout, stderr *os.File) error {
 		}
 		return fmt.Errorf("attach stderr: %w", err)
 	}
-	if !c.attached.add(func(f func()) { s.goNamed("attach", f) }, out, er) {
+	if !c.attached.add(s.ctx, func(f func()) { s.goNamed("attach", f) }, out, er) {
 		return fmt.Errorf("container %s has exited: %w", c.id, errdefs.ErrFailedPrecondition)
 	}
 	return nil
@@ -176,7 +176,7 @@ func (c *container) resize(r wire.Resize) error {
 	var p *process
 	if r.Exec == "" {
 		p = c.first
-	} else if x := c.execs[r.Exec]; x != nil {
+	} else if x := c.execs[r.Exec]; x != nil { // nil: not there, or being started
 		p = x.process
 	}
 	c.mu.Unlock()

@@ -342,7 +342,7 @@ func TestStdin(t *testing.T) {
 func TestAttach(t *testing.T) {
 	n := newNode(t)
 	c := n.open()
-	const lines = 40000
+	const lines = 28000
 	k, log := start(t, c, n.dir, wire.Create{Stdin: true,
 		Spec: shell(fmt.Sprintf("read go; i=0; while [ $i -lt %d ]; do echo 0123456789012345678901234567890123456789 $i; i=$((i+1)); done", lines))})
 	fastR, fastW, err := os.Pipe()

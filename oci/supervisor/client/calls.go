@@ -4,8 +4,11 @@ import (
 	"context"
 	"fmt"
 	"os"
+	"slices"
+	"unicode/utf8"
 
 	"github.com/containerd/errdefs"
+	specs "github.com/opencontainers/runtime-spec/specs-go"
 
 	"github.com/berth-runtime/berth/internal/id"
 	"github.com/berth-runtime/berth/oci/supervisor/wire"
@@ -20,7 +23,23 @@ func (c *Client) plain(ctx context.Context, op wire.Op, body any, files ...*os.F
 
 // Create makes a container. The same request again, after a lost answer, succeeds.
 func (c *Client) Create(ctx context.Context, r wire.Create) error {
+	if r.Spec != nil && r.Env == nil {
+		r.Env = rawEnv(r.Spec.Process)
+	}
 	return c.plain(ctx, wire.OpCreate, r)
+}
+
+// rawEnv returns the environment as bytes when JSON strings would change it: a
+// value may be any bytes but NUL, and encoding/json replaces what is not UTF-8.
+func rawEnv(p *specs.Process) [][]byte {
+	if p == nil || !slices.ContainsFunc(p.Env, func(e string) bool { return !utf8.ValidString(e) }) {
+		return nil
+	}
+	out := make([][]byte, len(p.Env))
+	for i, e := range p.Env {
+		out[i] = []byte(e)
+	}
+	return out
 }
 
 // Start runs a created container.
@@ -110,6 +129,9 @@ func (c *Client) CloseStdin(ctx context.Context, container id.Container) error {
 // Exec starts a process. exit delivers its one exit record; the code is
 // ExitUnknown when the connection to the supervisor is lost before.
 func (c *Client) Exec(ctx context.Context, r wire.Exec, stdin, stdout, stderr *os.File) (pid int, console *os.File, exit <-chan wire.Exit, err error) {
+	if r.Env == nil {
+		r.Env = rawEnv(r.Process)
+	}
 	terminal := r.Process != nil && r.Process.Terminal
 	var files []*os.File
 	if !terminal {

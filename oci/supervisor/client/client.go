@@ -26,6 +26,8 @@ const (
 	// sendTime bounds the sending of one request: the supervisor always reads, so
 	// one that does not is broken.
 	sendTime = 10 * time.Second
+	// waitTime bounds the waiting for a supervisor while none can be reached or started.
+	waitTime = 30 * time.Second
 	// ExitUnknown is the code of an exec whose record was lost with the connection.
 	ExitUnknown = 255
 )
@@ -47,6 +49,8 @@ type Client struct {
 	done   sync.WaitGroup
 	exits  *exitQueue
 	resync chan struct{}
+	// waitTime is the constant but in tests.
+	waitTime time.Duration
 
 	mu    sync.Mutex
 	link  *link         // nil while there is no connection
@@ -79,12 +83,14 @@ func Open(ctx context.Context, cfg Config) (*Client, error) {
 	if !filepath.IsAbs(cfg.StateDir) {
 		return nil, fmt.Errorf("supervisor state directory %q: want an absolute path: %w", cfg.StateDir, errdefs.ErrInvalidArgument)
 	}
-	conn, err := connect(ctx, cfg)
+	c := &Client{cfg: cfg, exits: newExitQueue(), resync: make(chan struct{}, 1), ready: make(chan struct{}), waitTime: waitTime}
+	c.ctx, c.cancel = context.WithCancel(context.Background())
+	conn, err := c.connect(ctx)
 	if err != nil {
+		c.cancel()
+		c.done.Wait()
 		return nil, err
 	}
-	c := &Client{cfg: cfg, exits: newExitQueue(), resync: make(chan struct{}, 1), ready: make(chan struct{})}
-	c.ctx, c.cancel = context.WithCancel(context.Background())
 	l := c.use(conn)
 	c.done.Go(func() { c.run(l) })
 	c.done.Go(c.exits.run)
@@ -145,7 +151,7 @@ func (c *Client) run(l *link) {
 
 func (c *Client) reconnect() (*wire.Conn, error) {
 	for pause := 10 * time.Millisecond; c.ctx.Err() == nil; pause = min(2*pause, time.Second) {
-		if conn, err := connect(c.ctx, c.cfg); err == nil {
+		if conn, err := c.connect(c.ctx); err == nil {
 			return conn, nil
 		}
 		select {
@@ -218,6 +224,14 @@ func (l *link) fail() {
 
 // wait returns the connection, waiting for it while it is being made again.
 func (c *Client) wait(ctx context.Context) (*link, error) {
+	c.mu.Lock()
+	l := c.link
+	c.mu.Unlock()
+	if l != nil { // without a timer
+		return l, nil
+	}
+	limit := time.NewTimer(c.waitTime)
+	defer limit.Stop()
 	for {
 		c.mu.Lock()
 		l, ready := c.link, c.ready
@@ -229,6 +243,9 @@ func (c *Client) wait(ctx context.Context) (*link, error) {
 		case <-ready:
 		case <-ctx.Done():
 			return nil, fmt.Errorf("supervisor: not connected: %w: %w", ctx.Err(), errdefs.ErrUnavailable)
+		case <-limit.C:
+			return nil, fmt.Errorf("supervisor: none could be reached or started for %v, see %s: %w", c.waitTime,
+				filepath.Join(c.cfg.StateDir, logName), errdefs.ErrUnavailable)
 		case <-c.ctx.Done():
 			return nil, fmt.Errorf("supervisor: client is closed: %w", errdefs.ErrUnavailable)
 		}

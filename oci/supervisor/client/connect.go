@@ -26,7 +26,8 @@ const (
 )
 
 // connect dials the supervisor and starts it when nobody listens.
-func connect(ctx context.Context, cfg Config) (*wire.Conn, error) {
+func (c *Client) connect(ctx context.Context) (*wire.Conn, error) {
+	cfg := c.cfg
 	conn, err := dial(cfg.StateDir)
 	if err == nil {
 		return conn, nil
@@ -34,7 +35,7 @@ func connect(ctx context.Context, cfg Config) (*wire.Conn, error) {
 	if !absent(err) || cfg.Binary == "" {
 		return nil, err
 	}
-	ended, err := spawn(cfg)
+	ended, err := c.spawn()
 	if err != nil {
 		return nil, err
 	}
@@ -131,8 +132,9 @@ func hello(conn *wire.Conn) error {
 var spawning sync.Mutex
 
 // spawn starts the supervisor in a session of its own. It must outlive us, so
-// nothing ties it to us but the reaping, which ends with either of us.
-func spawn(cfg Config) (<-chan error, error) {
+// nothing ties it to us but the reaping, which ends with the client.
+func (c *Client) spawn() (<-chan error, error) {
+	cfg := c.cfg
 	spawning.Lock()
 	defer spawning.Unlock()
 	if err := os.MkdirAll(cfg.StateDir, 0o700); err != nil {
@@ -146,17 +148,42 @@ func spawn(cfg Config) (<-chan error, error) {
 	cmd := exec.Command(cfg.Binary, "--state", cfg.StateDir)
 	cmd.Dir = "/"
 	cmd.Stdout, cmd.Stderr = log, log
-	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
+	fd := -1
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true, PidFD: &fd}
 	if err := cmd.Start(); err != nil {
 		return nil, fmt.Errorf("supervisor: %w: %w", err, errdefs.ErrUnavailable)
 	}
 	ended := make(chan error, 1)
-	go func() {
+	if fd < 0 || unix.SetNonblock(fd, true) != nil { // no pidfd before Linux 5.3: init reaps it
+		return ended, cmd.Process.Release()
+	}
+	pidfd := os.NewFile(uintptr(fd), "supervisor")
+	stop := context.AfterFunc(c.ctx, func() { _ = pidfd.SetReadDeadline(time.Unix(1, 0)) })
+	c.done.Go(func() {
+		defer pidfd.Close()
+		defer stop()
+		if !readable(pidfd) {
+			_ = cmd.Process.Release()
+			return
+		}
 		err := cmd.Wait()
 		if err == nil {
 			err = errLeft
 		}
 		ended <- err
-	}()
+	})
 	return ended, nil
+}
+
+// readable parks until f is readable, and reports false when its deadline passes.
+func readable(f *os.File) bool {
+	raw, err := f.SyscallConn()
+	if err != nil {
+		return false
+	}
+	return raw.Read(func(fd uintptr) bool {
+		p := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
+		n, err := unix.Poll(p, 0)
+		return n > 0 || err != nil && err != unix.EINTR
+	}) == nil
 }

@@ -61,7 +61,7 @@ type Frame struct {
 
 // Error is an error with its errdefs kind, in words that survive versions.
 type Error struct {
-	Kind string `json:"kind"` // "not-found", "invalid", "exists", "precondition", "unavailable", "unimplemented", "exhausted", "internal"
+	Kind string `json:"kind"` // "not-found", "invalid", "exists", "precondition", "denied", "unavailable", "unimplemented", "exhausted", "internal"
 	Text string `json:"text"`
 }
 
@@ -97,6 +97,9 @@ type Create struct {
 	PodInit    bool                                `json:"podInit,omitempty"`
 	Stdin      bool                                `json:"stdin,omitempty"`
 	StdinOnce  bool                                `json:"stdinOnce,omitempty"`
+	// Env replaces Spec.Process.Env when it is set: environment values are raw
+	// bytes, and JSON strings carry UTF-8 only.
+	Env [][]byte `json:"env,omitempty"`
 }
 
 // Start runs a created container. LogPath "" discards output; otherwise the
@@ -147,6 +150,7 @@ type Exec struct {
 	ID      id.Container   `json:"id"`
 	Exec    id.Exec        `json:"exec"`
 	Process *specs.Process `json:"process"`
+	Env     [][]byte       `json:"env,omitempty"` // replaces Process.Env, as in Create
 }
 
 // ExecReply is the answer to Exec.
