@@ -33,6 +33,7 @@ import (
 	"github.com/klauspost/compress/zstd"
 
 	"github.com/berth-runtime/berth/imageservice/registry"
+	"github.com/berth-runtime/berth/test/pace"
 )
 
 // hub is a registry on loopback with a place to inject faults.
@@ -150,7 +151,7 @@ func push(t testing.TB, ref string, img v1.Image) {
 func newService(t testing.TB, root string) *Service {
 	t.Helper()
 	s, err := open(t.Context(), Config{Root: root}, registry.Config{
-		HeaderTimeout: 500 * time.Millisecond, IdleTimeout: 300 * time.Millisecond, Attempts: 3, Backoff: time.Millisecond,
+		HeaderTimeout: pace.Wait(500 * time.Millisecond), IdleTimeout: pace.Wait(300 * time.Millisecond), Attempts: 3, Backoff: time.Millisecond,
 	})
 	if err != nil {
 		t.Fatal(err)
@@ -437,7 +438,7 @@ func TestPullCancel(t *testing.T) {
 	}
 	select {
 	case <-gone:
-	case <-time.After(250 * time.Millisecond):
+	case <-time.After(pace.Wait(250 * time.Millisecond)):
 		t.Error("the request went on after the last caller left")
 	}
 	if err := s.Close(); err != nil {

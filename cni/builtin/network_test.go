@@ -23,6 +23,7 @@ import (
 	"github.com/berth-runtime/berth/cni"
 	"github.com/berth-runtime/berth/internal/id"
 	"github.com/berth-runtime/berth/internal/kernel"
+	"github.com/berth-runtime/berth/test/pace"
 )
 
 // world is a throwaway node (a network namespace standing for the host's) and a
@@ -351,7 +352,7 @@ func TestUDPFlowsFollowThePort(t *testing.T) {
 		p := w.pod(n, port)
 		w.serve(p.ns, "udp4", p.IPs[0].String()+":53", tag)
 		buf, k := make([]byte, 100), 0
-		for deadline := time.Now().Add(2 * time.Second); !strings.HasPrefix(string(buf[:k]), tag+" "); {
+		for deadline := time.Now().Add(pace.Wait(2 * time.Second)); !strings.HasPrefix(string(buf[:k]), tag+" "); {
 			if time.Now().After(deadline) {
 				t.Fatalf("the client's last answer is %q; want %q", buf[:k], tag)
 			}
@@ -389,7 +390,7 @@ func (w *world) leftovers() (links []string, tables int) {
 
 func (w *world) waitGone() {
 	w.t.Helper()
-	for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(20 * time.Millisecond) {
+	for deadline := time.Now().Add(pace.Wait(10 * time.Second)); ; time.Sleep(20 * time.Millisecond) {
 		links, tables := w.leftovers()
 		if len(links) == 0 && tables == 0 {
 			return
@@ -484,7 +485,7 @@ func TestGC(t *testing.T) {
 	if err := n.GC(context.Background(), []id.Pod{live.ID}); err != nil {
 		t.Fatal(err)
 	}
-	for deadline := time.Now().Add(5 * time.Second); ; time.Sleep(10 * time.Millisecond) {
+	for deadline := time.Now().Add(pace.Wait(5 * time.Second)); ; time.Sleep(10 * time.Millisecond) {
 		links, _ := w.leftovers()
 		if len(links) == 1 {
 			break

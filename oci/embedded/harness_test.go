@@ -19,6 +19,7 @@ import (
 
 	"github.com/berth-runtime/berth/internal/id"
 	"github.com/berth-runtime/berth/oci"
+	"github.com/berth-runtime/berth/test/pace"
 )
 
 // The test binary is also the program that runs in the containers: under the
@@ -60,7 +61,7 @@ func runtimeFor(t testing.TB) *Runtime {
 			_ = os.Remove(c.Mount + cgroupRoot)
 		}
 		_ = os.Remove(r.cgroups.Unified + cgroupRoot)
-		deadline := time.Now().Add(2 * time.Second)
+		deadline := time.Now().Add(pace.Wait(2 * time.Second))
 		for {
 			after := state(t)
 			if after == before {

@@ -19,6 +19,7 @@ import (
 
 	"github.com/berth-runtime/berth/internal/id"
 	"github.com/berth-runtime/berth/oci"
+	"github.com/berth-runtime/berth/oci/embedded"
 	"github.com/berth-runtime/berth/oci/supervisor"
 	"github.com/berth-runtime/berth/oci/supervisor/client"
 	"github.com/berth-runtime/berth/oci/supervisor/wire"
@@ -30,6 +31,8 @@ const role = "BERTH_TEST_ROLE"
 // The test binary is also the supervisor and a client that gets killed.
 func TestMain(m *testing.M) {
 	switch r := os.Getenv(role); {
+	case len(os.Args) > 1 && os.Args[0] == insideName:
+		inside(os.Args[1:])
 	case len(os.Args) == 3 && os.Args[1] == "--state":
 		os.Unsetenv(role)
 		serve(os.Args[2])
@@ -41,11 +44,14 @@ func TestMain(m *testing.M) {
 }
 
 func serve(state string) {
-	rt := &runtime{}
-	s, err := supervisor.New(supervisor.Config{
-		StateDir: state, Handlers: map[string]oci.Runtime{"": rt},
-		Log: slog.New(slog.NewTextHandler(os.Stderr, nil)),
-	})
+	log := slog.New(slog.NewTextHandler(os.Stderr, nil))
+	isolating, err := embedded.New(embedded.Config{Log: log})
+	var s *supervisor.Server
+	if err == nil {
+		s, err = supervisor.New(supervisor.Config{
+			StateDir: state, Handlers: map[string]oci.Runtime{"": &runtime{}, "berth": isolating}, Log: log,
+		})
+	}
 	if err == nil {
 		err = s.Serve(context.Background())
 	}

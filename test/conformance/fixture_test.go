@@ -18,6 +18,7 @@ import (
 
 	"github.com/berth-runtime/berth/test/harness"
 	"github.com/berth-runtime/berth/test/leak"
+	"github.com/berth-runtime/berth/test/pace"
 )
 
 var (
@@ -76,7 +77,7 @@ func suite(m *testing.M) int {
 		code = fail("close", err)
 	}
 	images.close()
-	left, err := before.Since(20 * time.Second)
+	left, err := before.Since(pace.Wait(20 * time.Second))
 	if err != nil || len(left) > 0 {
 		code = fail("left behind: "+strings.Join(left, ", "), err)
 	}
@@ -84,7 +85,7 @@ func suite(m *testing.M) int {
 }
 
 func ctx(t *testing.T) context.Context {
-	c, cancel := context.WithTimeout(context.Background(), 60*time.Second)
+	c, cancel := context.WithTimeout(context.Background(), pace.Wait(60*time.Second))
 	t.Cleanup(cancel)
 	return c
 }
@@ -216,7 +217,7 @@ func containerStatus(t *testing.T, id string) *cri.ContainerStatus {
 
 func waitExit(t *testing.T, id string) *cri.ContainerStatus {
 	t.Helper()
-	for deadline := time.Now().Add(20 * time.Second); ; time.Sleep(5 * time.Millisecond) {
+	for deadline := time.Now().Add(pace.Wait(20 * time.Second)); ; time.Sleep(5 * time.Millisecond) {
 		s := containerStatus(t, id)
 		if s.State == cri.ContainerState_CONTAINER_EXITED {
 			return s
@@ -273,7 +274,7 @@ func logs(t *testing.T, id string) []record {
 
 func waitLog(t *testing.T, id, text string) {
 	t.Helper()
-	for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(5 * time.Millisecond) {
+	for deadline := time.Now().Add(pace.Wait(10 * time.Second)); ; time.Sleep(5 * time.Millisecond) {
 		for _, r := range logs(t, id) {
 			if strings.Contains(r.content, text) {
 				return

@@ -17,6 +17,8 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials/insecure"
 	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/berth-runtime/berth/test/pace"
 )
 
 // Daemon is a berthd process and the scratch folders that it works on.
@@ -104,7 +106,7 @@ func (d *Daemon) Start(ctx context.Context) error {
 	cmd := d.cmd
 	go func() { done <- cmd.Wait() }()
 	d.done = done
-	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
+	ctx, cancel := context.WithTimeout(ctx, pace.Wait(30*time.Second))
 	defer cancel()
 	for {
 		_, err := d.Runtime.Version(ctx, &cri.VersionRequest{}, grpc.WaitForReady(false))
@@ -143,7 +145,7 @@ func (d *Daemon) Kill(sig syscall.Signal) error {
 	case <-d.done:
 		d.cmd = nil
 		return nil
-	case <-time.After(30 * time.Second):
+	case <-time.After(pace.Wait(30 * time.Second)):
 		return fmt.Errorf("berthd %d does not end on %v", d.Pid(), sig)
 	}
 }
@@ -201,7 +203,7 @@ func (d *Daemon) Close(ctx context.Context) error {
 	errs = append(errs, d.conn.Close())
 	if pid := d.SupervisorPid(); pid != 0 {
 		errs = append(errs, syscall.Kill(pid, syscall.SIGTERM))
-		for deadline := time.Now().Add(15 * time.Second); d.SupervisorPid() != 0; time.Sleep(20 * time.Millisecond) {
+		for deadline := time.Now().Add(pace.Wait(15 * time.Second)); d.SupervisorPid() != 0; time.Sleep(20 * time.Millisecond) {
 			if time.Now().After(deadline) {
 				errs = append(errs, fmt.Errorf("supervisor %d does not end", pid))
 				break
