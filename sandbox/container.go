@@ -50,7 +50,8 @@ type containerRecord struct {
 	StopSignal string           `json:"stopSignal"`
 	Pid        int              `json:"pid,omitempty"`
 	Cgroup     string           `json:"cgroup"`
-	Process    *specs.Process   `json:"process"` // what an exec inherits
+	Process    *specs.Process   `json:"process"`          // what an exec inherits
+	RawEnv     [][]byte         `json:"rawEnv,omitempty"` // its environment where JSON strings cannot carry it
 }
 
 // Reasons that the field gives for an end (and the kubelet reads).

@@ -6,8 +6,10 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
+	"unicode/utf8"
 
 	"github.com/containerd/errdefs"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
@@ -235,11 +237,25 @@ func (b *containerBuild) describe() error {
 	b.c.rec = containerRecord{
 		ID: b.c.id, Pod: b.p.id, BootID: e.bootID, Config: cfg, ImageID: string(b.image.ID), ImageName: imageName(b.image),
 		Resources: cfg.Resources, Identity: who, StopSignal: canonicalSignal(stop), Cgroup: in.CgroupPath, Process: &process,
+		RawEnv: rawEnv(process.Env),
 	}
 	if pc.LogDirectory != "" && cfg.LogPath != "" {
 		b.c.rec.LogPath = filepath.Join(pc.LogDirectory, cfg.LogPath)
 	}
 	return nil
+}
+
+// rawEnv is env as bytes when some of it is not UTF-8, which a record in JSON
+// would not keep.
+func rawEnv(env []string) [][]byte {
+	if !slices.ContainsFunc(env, func(kv string) bool { return !utf8.ValidString(kv) }) {
+		return nil
+	}
+	raw := make([][]byte, len(env))
+	for i, kv := range env {
+		raw[i] = []byte(kv)
+	}
+	return raw
 }
 
 func imageName(i *imageservice.Image) string {

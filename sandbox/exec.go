@@ -43,6 +43,12 @@ func pipe() (r, w *os.File, err error) {
 func (r *containerRecord) process(cmd []string, tty bool) *specs.Process {
 	p := *r.Process
 	p.Args, p.Terminal = cmd, tty
+	if r.RawEnv != nil {
+		p.Env = make([]string, len(r.RawEnv))
+		for i, kv := range r.RawEnv {
+			p.Env[i] = string(kv)
+		}
+	}
 	if tty {
 		p.Env = append(append([]string(nil), p.Env...), "TERM=xterm")
 	}

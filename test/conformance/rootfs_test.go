@@ -21,6 +21,7 @@ func pushImage(t *testing.T, repo string, change func(*v1.Config), layers ...[]t
 		t.Fatal(err)
 	}
 	config := *cf.Config.DeepCopy()
+	config.Labels = map[string]string{"repo": repo} // or an image without changes would be the shared one
 	if change != nil {
 		change(&config)
 	}

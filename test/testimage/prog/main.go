@@ -29,7 +29,7 @@ func init() {
 		"echo": echo, "cat": cat, "env": env, "id": identity, "ls": ls, "stat": stat, "write": write,
 		"pwd": pwd, "hostname": hostname, "tty": tty,
 		"signal-ignore": signalIgnore, "signal-report": signalReport, "alloc": alloc, "fork": fork, "orphan": orphan, "spin": spin,
-		"readlink": readlink, "xattr": xattr, "ps": ps, "statfs": statfs, "chmod": chmod, "mknod-open": mknodOpen, "fds": fds,
+		"readlink": readlink, "xattr": xattr, "mount": mountTmpfs, "ps": ps, "statfs": statfs, "chmod": chmod, "mknod-open": mknodOpen, "fds": fds,
 		"log-samples": logSamples, "count": count, "exit-after": exitAfter,
 		"commands": list,
 	}
