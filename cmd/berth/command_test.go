@@ -5,6 +5,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"io"
 	"net"
 	"path/filepath"
 	"strings"
@@ -156,9 +157,17 @@ func TestExecExitCode(t *testing.T) {
 }
 
 func TestNoDaemon(t *testing.T) {
-	cmd := command()
-	cmd.SetArgs([]string{"ps", "--socket", filepath.Join(t.TempDir(), "none")})
-	if err := cmd.ExecuteContext(t.Context()); err == nil {
-		t.Error("no daemon must be an error")
+	socket := filepath.Join(t.TempDir(), "none")
+	for _, args := range [][]string{{"ps"}, {"images"}, {"version"}, {"pull", "x"}, {"logs", "x"}, {"exec", "x", "ls"}, {"inspect", "x"}} {
+		cmd := command()
+		cmd.SetOut(io.Discard)
+		cmd.SetArgs(append(args, "--socket", socket))
+		if args[0] == "exec" { // flags after the container are the command's
+			cmd.SetArgs(append([]string{"--socket", socket}, args...))
+		}
+		err := cmd.ExecuteContext(t.Context())
+		if err == nil || !strings.Contains(err.Error(), "no daemon can be reached on "+socket+" (no such file or directory); start berthd") {
+			t.Errorf("%s: %v", args[0], err)
+		}
 	}
 }

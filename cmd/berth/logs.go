@@ -65,6 +65,9 @@ type logReader struct {
 
 func (l *logReader) run(ctx context.Context, tail int) error {
 	f, err := os.Open(l.path)
+	if errors.Is(err, os.ErrNotExist) {
+		return fmt.Errorf("log %s is not there: the container was not started yet, or someone removed the file", l.path)
+	}
 	if err != nil {
 		return err
 	}

@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"os"
 	"os/signal"
 	"time"
@@ -15,6 +16,7 @@ import (
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/status"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
@@ -93,9 +95,32 @@ func command() *cobra.Command {
 // connect prepares the connection; the first call dials.
 func (e *env) connect() error {
 	conn, err := grpc.NewClient("unix://"+e.socket, grpc.WithTransportCredentials(insecure.NewCredentials()),
-		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(16<<20)))
+		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(16<<20)), grpc.WithUnaryInterceptor(e.explain))
 	e.conn = conn
 	return err
+}
+
+// explain says in a person's words why no daemon can be reached.
+func (e *env) explain(ctx context.Context, method string, q, r any, conn *grpc.ClientConn, call grpc.UnaryInvoker, opts ...grpc.CallOption) error {
+	err := call(ctx, method, q, r, conn, opts...)
+	if status.Code(err) != codes.Unavailable {
+		return err
+	}
+	var d net.Dialer
+	c, why := d.DialContext(ctx, "unix", e.socket)
+	if why == nil { // the daemon is there: it was its own answer
+		_ = c.Close()
+		return err
+	}
+	remedy := "start berthd, or name the socket of the one that runs with --socket or BERTH_SOCKET"
+	if errors.Is(why, os.ErrPermission) {
+		remedy = "run as root"
+	}
+	var cause unix.Errno
+	if errors.As(why, &cause) {
+		why = cause
+	}
+	return fmt.Errorf("no daemon can be reached on %s (%w); %s", e.socket, why, remedy)
 }
 
 // print writes v as JSON when that was asked for, and reports whether it did.
@@ -129,7 +154,7 @@ func versionCommand(e *env) *cobra.Command {
 			}
 			fmt.Fprintf(e.out, "berth    %s\n", out.Client)
 			if err != nil {
-				return fmt.Errorf("daemon at %s: %s", e.socket, plain(err))
+				return err
 			}
 			_, err = fmt.Fprintf(e.out, "%-8s %s (CRI %s, %s)\n", "daemon", out.Version, out.API, out.Runtime)
 			return err

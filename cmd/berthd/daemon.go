@@ -56,11 +56,24 @@ func run(ctx context.Context, cfg *config.Config, open opener) error {
 			return err
 		}
 	}
-	lock, err := lockState(cfg.State)
+	state, err := lockDir("state", cfg.State)
 	if err != nil {
 		return err
 	}
-	defer lock.Close()
+	defer state.Close()
+	if cfg.Root != cfg.State {
+		// Another daemon's containers are unknown to this one's records, and it
+		// would clear their layers away as left-overs.
+		root, err := lockDir("root", cfg.Root)
+		if err != nil {
+			return err
+		}
+		defer root.Close()
+	}
+	// Before anything is started; the socket itself is made when CRI can answer.
+	if _, err := staleSocket(cfg.Socket); err != nil {
+		return err
+	}
 
 	ctx, stop := context.WithCancelCause(ctx)
 	defer stop(nil)

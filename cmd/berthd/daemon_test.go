@@ -120,6 +120,15 @@ func TestLifeOfTheDaemon(t *testing.T) {
 	if err == nil || !strings.Contains(err.Error(), "in use by another berthd") {
 		t.Errorf("second daemon on the state directory: %v", err)
 	}
+	other := *cfg
+	other.State = filepath.Join(t.TempDir(), "state")
+	if err := run(t.Context(), &other, nil); err == nil || !strings.Contains(err.Error(), "root directory "+cfg.Root+" is in use") || !strings.Contains(err.Error(), "--root") {
+		t.Errorf("second daemon on the root directory: %v", err)
+	}
+	other.Root = filepath.Join(t.TempDir(), "root")
+	if err := run(t.Context(), &other, nil); err == nil || !strings.Contains(err.Error(), "another daemon answers") {
+		t.Errorf("second daemon on the socket, before it starts anything: %v", err)
+	}
 	if _, err := listen(cfg.Socket); err == nil || !strings.Contains(err.Error(), "another daemon answers") {
 		t.Errorf("second daemon on the socket: %v", err)
 	}
@@ -166,7 +175,7 @@ func TestOpenErrorLeavesNothing(t *testing.T) {
 	if _, err := os.Lstat(cfg.Socket); err == nil {
 		t.Error("socket is left")
 	}
-	f, err := lockState(cfg.State)
+	f, err := lockDir("state", cfg.State)
 	if err != nil {
 		t.Fatalf("lock is left: %v", err)
 	}

@@ -14,21 +14,21 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// lockState makes sure that one daemon works on a state directory. The lock goes
-// with the process, however it ends.
-func lockState(dir string) (*os.File, error) {
+// lockDir makes sure that one daemon works on a directory, which is the value of
+// flag. The lock goes with the process, however it ends.
+func lockDir(flag, dir string) (*os.File, error) {
 	path := filepath.Join(dir, "berthd.lock")
 	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|unix.O_CLOEXEC, 0o600)
 	if err != nil {
-		return nil, fmt.Errorf("state directory: %w", err)
+		return nil, fmt.Errorf("%s directory: %w", flag, err)
 	}
 	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
 		holder := make([]byte, 16)
 		n, _ := f.ReadAt(holder, 0)
 		_ = f.Close()
 		if errors.Is(err, unix.EWOULDBLOCK) {
-			return nil, fmt.Errorf("state directory %s is in use by another berthd (pid %s); stop it or choose another --state: %w",
-				dir, strings.TrimSpace(string(holder[:n])), errdefs.ErrFailedPrecondition)
+			return nil, fmt.Errorf("%s directory %s is in use by another berthd (pid %s); stop it or choose another --%s: %w",
+				flag, dir, strings.TrimSpace(string(holder[:n])), flag, errdefs.ErrFailedPrecondition)
 		}
 		return nil, fmt.Errorf("lock %s: %w", path, err)
 	}
@@ -49,18 +49,11 @@ func listen(path string) (net.Listener, error) {
 	if err := os.MkdirAll(filepath.Dir(path), 0o711); err != nil {
 		return nil, fmt.Errorf("socket directory: %w", err)
 	}
-	st, err := os.Lstat(path)
-	switch {
-	case errors.Is(err, fs.ErrNotExist):
-	case err != nil:
-		return nil, fmt.Errorf("socket: %w", err)
-	case st.Mode().Type() != fs.ModeSocket:
-		return nil, fmt.Errorf("socket %s exists and is not a socket; remove it or choose another --socket: %w", path, errdefs.ErrFailedPrecondition)
-	default:
-		if c, err := net.DialTimeout("unix", path, time.Second); err == nil {
-			_ = c.Close()
-			return nil, fmt.Errorf("socket %s: another daemon answers on it; stop it or choose another --socket: %w", path, errdefs.ErrFailedPrecondition)
-		}
+	stale, err := staleSocket(path)
+	if err != nil {
+		return nil, err
+	}
+	if stale {
 		if err := os.Remove(path); err != nil {
 			return nil, fmt.Errorf("stale socket: %w", err)
 		}
@@ -74,4 +67,23 @@ func listen(path string) (net.Listener, error) {
 		return nil, errors.Join(fmt.Errorf("socket: %w", err), l.Close())
 	}
 	return l, nil
+}
+
+// staleSocket says whether a socket is at path that nobody answers on. One that
+// answers, and a file that is no socket, are errors.
+func staleSocket(path string) (bool, error) {
+	st, err := os.Lstat(path)
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		return false, nil
+	case err != nil:
+		return false, fmt.Errorf("socket: %w", err)
+	case st.Mode().Type() != fs.ModeSocket:
+		return false, fmt.Errorf("socket %s exists and is not a socket; remove it or choose another --socket: %w", path, errdefs.ErrFailedPrecondition)
+	}
+	if c, err := net.DialTimeout("unix", path, time.Second); err == nil {
+		_ = c.Close()
+		return false, fmt.Errorf("socket %s: another daemon answers on it; stop it or choose another --socket: %w", path, errdefs.ErrFailedPrecondition)
+	}
+	return true, nil
 }

@@ -34,7 +34,7 @@ func lockNode(ns *os.File) (*os.File, error) {
 	}
 	err = unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
 	if errors.Is(err, unix.EWOULDBLOCK) {
-		err = fmt.Errorf("another daemon with the built-in network runs in this network namespace; stop it, or give one of them a CNI configuration: %w", errdefs.ErrFailedPrecondition)
+		err = fmt.Errorf("another daemon with the built-in network runs in this network namespace; stop it, or run one of them in a network namespace of its own: %w", errdefs.ErrFailedPrecondition)
 	}
 	if err != nil {
 		f.Close()

@@ -316,7 +316,9 @@ func TestLabelsAndAnnotationsAreVerbatim(t *testing.T) {
 	labels := map[string]string{"io.kubernetes.pod.name": "x", "empty": "", "ünï": "code \"quoted\"\n\t\x00<>&"}
 	notes := map[string]string{"cdi.k8s.io/none": "", "io.kubernetes.cri.untrusted-workload": "true", "json": `{"a":"\u2028<b>"}`, "line\nfeed": "\u2028\u2029"}
 	p := runPod(t, func(c *cri.PodSandboxConfig) { c.Labels, c.Annotations = labels, notes })
-	c := create(t, p, func(c *cri.ContainerConfig) { c.Labels, c.Annotations = labels, map[string]string{"json": notes["json"]} })
+	c := create(t, p, func(c *cri.ContainerConfig) {
+		c.Labels, c.Annotations = labels, map[string]string{"json": notes["json"]}
+	})
 	same := func(what string, got, want map[string]string) {
 		t.Helper()
 		if fmt.Sprint(got) != fmt.Sprint(want) {
