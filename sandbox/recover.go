@@ -51,6 +51,12 @@ func (e *Engine) recover(ctx context.Context) error {
 		return nil
 	}), "Container records that cannot be read")
 	v := e.view.Load()
+	for _, c := range v.containers {
+		// Containers are made in ready pods only: the line that said so was lost with the power.
+		if c.pod.record().State == lifecycle.Creating {
+			tell(e.stepPod(c.pod, lifecycle.Made, nil), "Pod", "pod", c.pod.id)
+		}
+	}
 	for _, p := range v.pods {
 		e.lastCreate.Store(max(e.lastCreate.Load(), p.created))
 		e.recoverPod(ctx, p, known)

@@ -6,6 +6,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"strings"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -386,6 +387,30 @@ func TestPodInitEndsWhileTheDaemonIsAway(t *testing.T) {
 	k2.empty()
 }
 
+// TestPowerLossCutsRecords: the newest lines of records were never on disk.
+func TestPowerLossCutsRecords(t *testing.T) {
+	k := newKit(t)
+	p, empty := k.pod("a"), k.pod("empty")
+	c := k.running(p, "c")
+	k.drop()
+	for _, f := range []string{"pods/" + string(p), "pods/" + string(empty)} {
+		file := filepath.Join(k.root, "sandboxes", f+".json")
+		lines := strings.SplitAfter(string(must(os.ReadFile(file))(t)), "\n")
+		ok(t, os.WriteFile(file, []byte(lines[0]+lines[1]), 0o600))
+	}
+	w := newWorld(t)
+	w.attached[p], w.attached[empty] = true, true
+	k2 := openKit(t, w, k.root, t.TempDir())
+	if l := k2.ListPods(PodFilter{}); len(l) != 1 || l[0].ID != p || l[0].State != PodNotReady {
+		t.Errorf("%+v", l)
+	}
+	if s := k2.status(c); s.State != ContainerExited || s.Reason != reasonUnknown {
+		t.Errorf("%+v", s)
+	}
+	ok(t, k2.RemovePod(context.Background(), string(p)))
+	k2.empty()
+}
+
 func TestTornRecords(t *testing.T) {
 	k := newKit(t)
 	good, bad := k.pod("good"), k.pod("bad")
@@ -393,7 +418,7 @@ func TestTornRecords(t *testing.T) {
 	k.drop()
 	file := filepath.Join(k.root, "sandboxes", "pods", string(bad)+".json")
 	whole := must(os.ReadFile(file))(t)
-	ok(t, os.WriteFile(file, whole[:len(whole)/2], 0o600))
+	ok(t, os.WriteFile(file, whole[:64], 0o600))
 	k2 := openKit(t, k.w, k.root, k.state)
 	if l := k2.ListPods(PodFilter{}); len(l) != 1 || l[0].ID != good || l[0].State != PodReady {
 		t.Errorf("%+v", l)

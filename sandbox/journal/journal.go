@@ -1,14 +1,23 @@
-// Package journal keeps one record file per pod sandbox and per container:
-// versioned and checksummed JSON, replaced by rename.
+// Package journal keeps one record file per pod sandbox and per container. Each
+// Write adds one line of versioned and checksummed JSON; the last line counts.
+//
+// A file that is replaced at each change would cost an inode made and an inode
+// deleted each time, and ext4 does not use an inode again for minutes but looks
+// at it for each file that it makes meanwhile: on a node where pods come and go
+// that is dearer than all else on the pod path. Replacing a file also makes ext4
+// write its data out at once. A long file is replaced by its last line.
 //
 // Records live below the daemon's root folder and not on the tmpfs of its state
 // folder: after a reboot the network's DEL must still be called for each pod.
 // They are not synced: they die with the boot, so they must be whole, not
-// durable. A torn record (power loss) is moved aside, reported, and costs only
-// its own pod or container.
+// durable. A last line that was cut short belongs to a Write that never returned:
+// the line before it counts, since nothing is done before it is on record. A
+// record that is broken otherwise is moved aside, reported, and costs only its
+// own pod or container.
 package journal
 
 import (
+	"bytes"
 	"crypto/sha256"
 	"encoding/hex"
 	"encoding/json"
@@ -28,7 +37,7 @@ import (
 // Version of the record format. Readers ignore fields that they do not know.
 const Version = 1
 
-// envelope is the content of a record file.
+// envelope is one line of a record file.
 type envelope struct {
 	Version int             `json:"version"`
 	Sum     string          `json:"sha256"`
@@ -48,22 +57,54 @@ func Open(dir string) (*Book, error) {
 
 func (b *Book) path(key string) string { return filepath.Join(b.dir, key+".json") }
 
-// Write replaces the record of key, which must be an id.
+// maxSize is when a file is replaced by its last line, in bytes.
+const maxSize = 64 << 10
+
+// Write makes v the record of key, which must be an id. Writes of one key must
+// not overlap.
 func (b *Book) Write(key string, v any) error {
 	if err := id.Valid(key); err != nil {
 		return err
 	}
+	line, err := encode(v)
+	if err == nil {
+		err = b.add(b.path(key), line)
+	}
+	if err != nil {
+		return fmt.Errorf("journal %s: %w", key, err)
+	}
+	return nil
+}
+
+// encode makes an envelope with a newline before it: that ends a line which was
+// cut short. It is put together by hand, for the body is JSON already.
+func encode(v any) ([]byte, error) {
 	body, err := json.Marshal(v)
 	if err != nil {
-		return fmt.Errorf("journal %s: %w", key, err)
+		return nil, err
 	}
 	sum := sha256.Sum256(body)
-	data, err := json.Marshal(envelope{Version: Version, Sum: hex.EncodeToString(sum[:]), Body: body})
+	line := make([]byte, 0, len(body)+128)
+	line = fmt.Appendf(line, "\n{\"version\":%d,\"sha256\":\"%x\",\"body\":", Version, sum)
+	return append(append(line, body...), '}'), nil
+}
+
+func (b *Book) add(path string, line []byte) error {
+	f, err := os.OpenFile(path, os.O_WRONLY|os.O_APPEND|os.O_CREATE, 0o600)
 	if err != nil {
-		return fmt.Errorf("journal %s: %w", key, err)
+		return err
 	}
-	if err := durable.WriteFile(b.path(key), data, 0o600, false); err != nil {
-		return fmt.Errorf("journal %s: %w", key, err)
+	defer f.Close()
+	st, err := f.Stat()
+	if err != nil {
+		return err
+	}
+	if st.Size() > 0 && st.Size()+int64(len(line)) > maxSize {
+		return durable.WriteFile(path, line, 0o600, false)
+	}
+	if _, err := f.Write(line); err != nil {
+		// What is there of the line must not count later, should it be whole.
+		return errors.Join(err, f.Truncate(st.Size()))
 	}
 	return nil
 }
@@ -117,8 +158,34 @@ func (b *Book) read(key string) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
+	return last(data)
+}
+
+// last finds the newest record in a file.
+func last(data []byte) ([]byte, error) {
+	torn := errors.New("empty")
+	for {
+		i := bytes.LastIndexByte(data, '\n')
+		line := data[i+1:]
+		if len(line) > 0 {
+			body, err := decode(line)
+			var cut *json.SyntaxError
+			if !errors.As(err, &cut) {
+				return body, err
+			}
+			torn = err
+		}
+		if i < 0 {
+			return nil, fmt.Errorf("%w: %w", torn, errdefs.ErrDataLoss)
+		}
+		data = data[:i]
+	}
+}
+
+// decode reads one line. Its error is a json.SyntaxError for one that was cut short.
+func decode(line []byte) ([]byte, error) {
 	var e envelope
-	if err := json.Unmarshal(data, &e); err != nil {
+	if err := json.Unmarshal(line, &e); err != nil {
 		return nil, fmt.Errorf("%w: %w", err, errdefs.ErrDataLoss)
 	}
 	if e.Version < 1 || e.Version > Version {

@@ -95,6 +95,78 @@ func TestATornRecordCostsOnlyItself(t *testing.T) {
 	}
 }
 
+// TestALineCutShortCountsAsNotWritten: a crash in the middle of a Write leaves
+// the record as it was, and the next Write is not harmed by what is left.
+func TestALineCutShortCountsAsNotWritten(t *testing.T) {
+	b, err := Open(t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	key := string(id.NewPod())
+	var whole []byte
+	for _, name := range []string{"first", "second"} {
+		if err := b.Write(key, rec{name}); err != nil {
+			t.Fatal(err)
+		}
+		before := whole
+		if whole, err = os.ReadFile(b.path(key)); err != nil {
+			t.Fatal(err)
+		}
+		if name == "first" {
+			continue
+		}
+		for n := len(before); n < len(whole); n++ {
+			if err := os.WriteFile(b.path(key), whole[:n], 0o600); err != nil {
+				t.Fatal(err)
+			}
+			if got, err := load(t, b); err != nil || got[key] != "first" {
+				t.Fatalf("cut after %d of %d bytes: %v, %v", n, len(whole), got, err)
+			}
+			if n%16 != 0 {
+				continue
+			}
+			if err := b.Write(key, rec{"third"}); err != nil {
+				t.Fatal(err)
+			}
+			if got, err := load(t, b); err != nil || got[key] != "third" {
+				t.Fatalf("written after a cut at %d: %v, %v", n, got, err)
+			}
+		}
+	}
+	// A newest line that is whole and wrong is no reason to believe the one before it.
+	if err := os.WriteFile(b.path(key), append(whole[:len(whole):len(whole)], "\n{\"version\":99,\"body\":{}}"...), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if got, err := load(t, b); err == nil || len(got) != 0 {
+		t.Fatalf("a newer version: %v, %v", got, err)
+	}
+}
+
+func TestALongFileIsReplaced(t *testing.T) {
+	b, err := Open(t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	key := string(id.NewPod())
+	for i := range 100 {
+		if err := b.Write(key, rec{strings.Repeat("x", 5000+i)}); err != nil {
+			t.Fatal(err)
+		}
+		if st, err := os.Stat(b.path(key)); err != nil || st.Size() > maxSize {
+			t.Fatalf("%v, %v", st, err)
+		}
+		if got, err := load(t, b); err != nil || len(got[key]) != 5000+i {
+			t.Fatalf("write %d: %d bytes, %v", i, len(got[key]), err)
+		}
+	}
+	if err := b.Write(key, rec{strings.Repeat("y", 2*maxSize)}); err != nil {
+		t.Fatal(err)
+	}
+	if got, err := load(t, b); err != nil || len(got[key]) != 2*maxSize {
+		t.Fatalf("a record longer than the limit: %d bytes, %v", len(got[key]), err)
+	}
+}
+
 func FuzzRead(f *testing.F) {
 	f.Add([]byte(`{"version":1,"sha256":"","body":{}}`))
 	f.Add([]byte(`{`))
