@@ -98,12 +98,20 @@ func (h *Host) makeDir(d dir, rel string, u *undo.Stack) error {
 	at := d.Mount
 	parts := strings.Split(rel, "/")
 	fresh := os.Mkdir(d.path, 0o755)
-	if fresh == nil && !h.V2() && !d.Has("cpuset") {
-		u.Push(func() error { return removeDir(d.path) })
-		return nil
-	}
 	if fresh == nil {
 		u.Push(func() error { return removeDir(d.path) })
+		if !h.V2() && !d.Has("cpuset") {
+			return nil
+		}
+		// A parent that was there has its cpus and nodes, unless somebody else is
+		// just making it: then it is gone through from the top.
+		if d.Has("cpuset") && inheritCpuset(filepath.Dir(d.path), d.path) == nil {
+			cpus, _ := readFile(filepath.Join(d.path, "cpuset.cpus"))
+			mems, _ := readFile(filepath.Join(d.path, "cpuset.mems"))
+			if cpus != "" && mems != "" {
+				return nil
+			}
+		}
 	}
 	for i, p := range parts {
 		parent := at
@@ -261,30 +269,78 @@ func removeDir(path string) error {
 	}
 }
 
-// readFile reads a small cgroup file without its final newline.
+// readFile reads a small cgroup file without its final newline. Without package
+// os, which would make the poller watch each of these files for a moment.
 func readFile(path string) (string, error) {
-	b, err := os.ReadFile(path)
-	if err != nil {
-		return "", fmt.Errorf("cgroup: %w", err)
+	fail := func(err error) (string, error) {
+		return "", fmt.Errorf("cgroup: %w", &fs.PathError{Op: "read", Path: path, Err: err})
 	}
-	return strings.TrimSpace(string(b)), nil
+	fd, err := open(path, unix.O_RDONLY)
+	if err != nil {
+		return fail(err)
+	}
+	defer unix.Close(fd)
+	var all []byte
+	var b [4096]byte
+	for {
+		n, err := unix.Read(fd, b[:])
+		switch {
+		case err == unix.EINTR:
+			continue
+		case err != nil:
+			return fail(err)
+		case n == 0:
+			return strings.TrimSpace(string(all)), nil
+		}
+		all = append(all, b[:n]...)
+	}
 }
 
-// writeFile writes one value. The memory controller answers EINTR when the Go
-// runtime's preemption signal meets a reclaim; the write is repeated.
-func writeFile(path, value string) error {
+func open(path string, flags int) (int, error) {
 	for {
-		fd, err := unix.Open(path, unix.O_WRONLY|unix.O_CLOEXEC, 0)
-		if err == nil {
-			_, err = unix.Write(fd, []byte(value))
-			unix.Close(fd)
+		fd, err := unix.Open(path, flags|unix.O_CLOEXEC, 0)
+		if err != unix.EINTR {
+			return fd, err
 		}
+	}
+}
+
+// control is a cgroup file open for writing.
+type control struct {
+	fd   int
+	path string
+}
+
+func openControl(path string) (control, error) {
+	fd, err := open(path, unix.O_WRONLY)
+	if err != nil {
+		return control{}, fmt.Errorf("cgroup: open %s: %w", path, err)
+	}
+	return control{fd, path}, nil
+}
+
+func (c control) close() { unix.Close(c.fd) }
+
+// write writes one value. The memory controller answers EINTR when the Go
+// runtime's preemption signal meets a reclaim; the write is repeated.
+func (c control) write(value string) error {
+	for {
+		_, err := unix.Write(c.fd, []byte(value))
 		if err == unix.EINTR {
 			continue
 		}
 		if err != nil {
-			return fmt.Errorf("cgroup: write %q to %s: %w", value, path, err)
+			return fmt.Errorf("cgroup: write %q to %s: %w", value, c.path, err)
 		}
 		return nil
 	}
+}
+
+func writeFile(path, value string) error {
+	c, err := openControl(path)
+	if err != nil {
+		return err
+	}
+	defer c.close()
+	return c.write(value)
 }

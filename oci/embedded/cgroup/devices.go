@@ -100,12 +100,23 @@ func (c *Cgroup) setDevices(in []specs.LinuxDeviceCgroup) error {
 		if !d.Has("devices") {
 			continue
 		}
+		// The kernel takes one rule per write: a dozen, so the files are opened once.
+		allow, err := openControl(d.path + "/devices.allow")
+		if err != nil {
+			return fmt.Errorf("linux.resources.devices: %w", err)
+		}
+		defer allow.close()
+		deny, err := openControl(d.path + "/devices.deny")
+		if err != nil {
+			return fmt.Errorf("linux.resources.devices: %w", err)
+		}
+		defer deny.close()
 		for _, r := range rs {
-			file := "/devices.deny"
+			to := deny
 			if r.allow {
-				file = "/devices.allow"
+				to = allow
 			}
-			if err := writeFile(d.path+file, r.v1()); err != nil {
+			if err := to.write(r.v1()); err != nil {
 				return fmt.Errorf("linux.resources.devices: %w", err)
 			}
 		}
