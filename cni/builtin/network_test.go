@@ -388,6 +388,32 @@ func (w *world) leftovers() (links []string, tables int) {
 	return links, len(ts)
 }
 
+// waitTurn waits until the kernel has ended all namespaces closed so far. It
+// ends them in turn, so those of the next test would wait for them.
+func (w *world) waitTurn() {
+	w.t.Helper()
+	ns, err := kernel.NewNamespaces([]kernel.Namespace{kernel.NetNS}, nil)
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	attrs := netlink.NewLinkAttrs()
+	attrs.Name = "last"
+	w.in(w.host, func() error {
+		return netlink.LinkAdd(&netlink.Veth{LinkAttrs: attrs, PeerName: "last", PeerNamespace: netlink.NsFd(int(ns[0].Fd()))})
+	})
+	ns[0].Close()
+	for deadline, there := time.Now().Add(pace.Wait(20*time.Second)), true; there; time.Sleep(20 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			w.t.Fatal("namespaces closed are still not ended")
+		}
+		w.in(w.host, func() error {
+			_, err := netlink.LinkByName("last")
+			there = err == nil
+			return nil
+		})
+	}
+}
+
 func (w *world) waitGone() {
 	w.t.Helper()
 	for deadline := time.Now().Add(pace.Wait(10 * time.Second)); ; time.Sleep(20 * time.Millisecond) {
@@ -687,6 +713,7 @@ func TestMoreThan1023Pods(t *testing.T) {
 		t.Skip("short: makes 1,100 network namespaces")
 	}
 	w := newWorld(t)
+	t.Cleanup(w.waitTurn)
 	n := w.open(Config{PoolSize: -1})
 	start := time.Now()
 	var first, last *pod

@@ -20,6 +20,10 @@ import (
 // pod's start. It is short enough to keep up with pods started one by one.
 const fillDelay = 2 * time.Millisecond
 
+// dyingLinks is how long the kernel may take to delete the links of pods that are
+// gone: 20 to 100 ms, and seconds when hundreds of namespaces end at once.
+const dyingLinks = 10 * time.Second
+
 // namespace returns a wired namespace, from the pool or made now.
 func (n *Network) namespace() (*ready, error) {
 	n.mu.Lock()
@@ -40,9 +44,9 @@ func (n *Network) namespace() (*ready, error) {
 // is still on a link (of a dying namespace, or of a pod whose record was lost)
 // is passed over.
 func (n *Network) wire() (*ready, error) {
-	for try := range attempts {
-		if try >= attempts/4 {
-			// A small subnet, and links of pods just gone: the kernel takes 20 to 100 ms.
+	begin := time.Now()
+	for try := 0; try < attempts || time.Since(begin) < dyingLinks; try++ {
+		if try >= attempts/4 { // a small subnet, and links of pods just gone
 			time.Sleep(20 * time.Millisecond)
 		}
 		w, err := n.address()
@@ -62,7 +66,7 @@ func (n *Network) wire() (*ready, error) {
 			return nil, err
 		}
 	}
-	return nil, fmt.Errorf("pod address: %d addresses in a row are held by links that are not known here; remove stale %s* links", attempts, linkPrefix)
+	return nil, fmt.Errorf("pod address: for %s all addresses tried are held by links that are not known here; remove stale %s* links: %w", dyingLinks, linkPrefix, errdefs.ErrUnavailable)
 }
 
 // address takes one address of each subnet and the link name that goes with them.
