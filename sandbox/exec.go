@@ -417,17 +417,6 @@ func (e *Engine) Attach(ctx context.Context, ref string, s StreamIO) error {
 	}
 	resizeDone := e.resizes(ctx, s.Resize, wire.Resize{ID: c.id})
 	defer resizeDone()
-	if s.Stdin != nil && rec.Config.Stdin {
-		in, err := e.cfg.Streams.Stdin(ctx, c.id)
-		if err != nil {
-			return fmt.Errorf("container %s: stdin: %w", id.Short(c.id), err)
-		}
-		if in, err = pollable(in); err != nil {
-			return fmt.Errorf("container %s: stdin: %w", id.Short(c.id), err)
-		}
-		defer in.Close() // cuts off a write that the container does not read
-		go e.feed(c, rec, in, s.Stdin)
-	}
 	outR, outW, err := e.attachPipe(s.Stdout)
 	if err != nil {
 		return err
@@ -445,6 +434,19 @@ func (e *Engine) Attach(ctx context.Context, ref string, s StreamIO) error {
 	}
 	pumps := []*pump{startPump(s.Stdout, outR), startPump(s.Stderr, errR)}
 	defer closePumps(pumps)
+	// Only now: an answer to the first input must not pass before the output is
+	// attached.
+	if s.Stdin != nil && rec.Config.Stdin {
+		in, err := e.cfg.Streams.Stdin(ctx, c.id)
+		if err != nil {
+			return fmt.Errorf("container %s: stdin: %w", id.Short(c.id), err)
+		}
+		if in, err = pollable(in); err != nil {
+			return fmt.Errorf("container %s: stdin: %w", id.Short(c.id), err)
+		}
+		defer in.Close() // cuts off a write that the container does not read
+		go e.feed(c, rec, in, s.Stdin)
+	}
 	over := []<-chan struct{}{pumps[0].done, pumps[1].done}
 	if outR == nil && errR == nil { // stdin only: until the container ends
 		over = append(over, c.exited)

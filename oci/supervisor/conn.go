@@ -5,8 +5,10 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"os"
 	"runtime/debug"
+	"slices"
 	"sync"
 	"sync/atomic"
 
@@ -115,6 +117,12 @@ func (c *conn) close() {
 	c.signal()
 }
 
+func (c *conn) gone() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.closed
+}
+
 func (c *conn) signal() {
 	select {
 	case c.wake <- struct{}{}:
@@ -127,7 +135,11 @@ func (c *conn) receive() {
 		c.close()
 		c.s.mu.Lock()
 		delete(c.s.conns, c)
+		containers := slices.Collect(maps.Values(c.s.containers))
 		c.s.mu.Unlock()
+		for _, k := range containers {
+			k.hangUp(c)
+		}
 		c.s.touch()
 	}()
 	for {

@@ -272,7 +272,24 @@ func (c *container) exec(s *Server, owner *conn, r wire.Exec, io oci.Stdio) (_ w
 	if late { // Delete may have killed before this process was in the cgroup
 		_ = proc.signal(sigkill)
 	}
+	if owner.gone() { // it was lost before hangUp could see this exec
+		x.hangUp()
+	}
 	return wire.ExecReply{Pid: p.Pid}, console, func() { s.goNamed("watch", func() { c.watchExec(s, x) }) }, nil
+}
+
+// hangUp ends the terminals of the execs that owner asked for. The daemon that
+// held their other ends is gone, and with our duplicate, kept for resizing, the
+// kernel would never send them SIGHUP. Programs without a terminal see the end
+// of their stdin.
+func (c *container) hangUp(owner *conn) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for _, x := range c.execs {
+		if x != nil && x.owner == owner {
+			x.hangUp()
+		}
+	}
 }
 
 func (c *container) watchExec(s *Server, x *exec) {

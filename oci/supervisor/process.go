@@ -112,3 +112,10 @@ type exec struct {
 	id    id.Exec
 	owner *conn // gets the exit
 }
+
+// hangUp closes our end of the exec's terminal.
+func (x *exec) hangUp() {
+	if x.console != nil {
+		_ = x.console.Close() // again when the process is reaped, to no effect
+	}
+}

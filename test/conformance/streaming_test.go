@@ -179,7 +179,6 @@ func TestAttachSeesOutputAndFeedsStdin(t *testing.T) {
 		t.Fatal(err)
 	}
 	s := open(t, r.Url, true, true, false, false)
-	time.Sleep(100 * time.Millisecond)
 	if _, err := io.WriteString(s.in, "through attach\n"); err != nil {
 		t.Fatal(err)
 	}
