@@ -6,7 +6,7 @@ LDFLAGS := -s -w -X github.com/berth-runtime/berth/internal/version.Commit=$(COM
 PREFIX  ?= /usr/local
 BINS    := berthd berth-supervisor berth-oci berth
 
-.PHONY: build test lint bench demo install uninstall clean
+.PHONY: build test test-vm lint bench demo install uninstall clean
 
 build:
 	@mkdir -p bin
@@ -14,6 +14,10 @@ build:
 
 test: build
 	hack/test.sh
+
+# The same in a virtual machine with cgroup v2 alone, AppArmor and an older kernel (about 6 minutes).
+test-vm:
+	hack/vm.sh
 
 lint:
 	hack/lint.sh
