@@ -187,3 +187,76 @@ func TestEmptyRequestsAreAnsweredNotPanicked(t *testing.T) {
 		t.Fatal(err)
 	}
 }
+
+// TestAPodThatIsNotReady: everything that needs a ready pod says so.
+func TestAPodThatIsNotReady(t *testing.T) {
+	p := runPod(t, nil)
+	c, created := run(t, p, "sleep", "1000"), create(t, p, nil)
+	if _, err := node.Runtime.StopPodSandbox(ctx(t), &cri.StopPodSandboxRequest{PodSandboxId: p.id}); err != nil {
+		t.Fatal(err)
+	}
+	rt := node.Runtime
+	for name, call := range map[string]func() error{
+		"PortForward": func() error {
+			_, err := rt.PortForward(ctx(t), &cri.PortForwardRequest{PodSandboxId: p.id, Port: []int32{80}})
+			return err
+		},
+		"StartContainer": func() error {
+			_, err := rt.StartContainer(ctx(t), &cri.StartContainerRequest{ContainerId: created})
+			return err
+		},
+		"ExecSync": func() error {
+			_, err := rt.ExecSync(ctx(t), &cri.ExecSyncRequest{ContainerId: c, Cmd: []string{"true"}})
+			return err
+		},
+		"Attach": func() error {
+			_, err := rt.Attach(ctx(t), &cri.AttachRequest{ContainerId: c, Stdout: true})
+			return err
+		},
+		"ReopenContainerLog": func() error {
+			_, err := rt.ReopenContainerLog(ctx(t), &cri.ReopenContainerLogRequest{ContainerId: c})
+			return err
+		},
+	} {
+		t.Run(name, func(t *testing.T) { wantCode(t, call(), codes.FailedPrecondition, "") })
+	}
+}
+
+// TestBadPodConfigs: each is refused with a message that names the field, and
+// leaves no pod behind.
+func TestBadPodConfigs(t *testing.T) {
+	for name, row := range map[string]struct {
+		change func(*cri.PodSandboxConfig)
+		names  string
+	}{
+		"no uid":                 {func(c *cri.PodSandboxConfig) { c.Metadata.Uid = "" }, "uid"},
+		"host name too long":     {func(c *cri.PodSandboxConfig) { c.Hostname = strings.Repeat("x", 65) }, "hostname"},
+		"host name with a line":  {func(c *cri.PodSandboxConfig) { c.Hostname = "a\nb" }, "hostname"},
+		"relative log directory": {func(c *cri.PodSandboxConfig) { c.LogDirectory = "logs" }, "log_directory"},
+		"port beyond 65535": {func(c *cri.PodSandboxConfig) {
+			c.PortMappings = []*cri.PortMapping{{ContainerPort: 80, HostPort: 65536}}
+		}, "host_port"},
+		"host address": {func(c *cri.PodSandboxConfig) {
+			c.PortMappings = []*cri.PortMapping{{ContainerPort: 80, HostPort: 8081, HostIp: "not-an-ip"}}
+		}, "host_ip"},
+		"protocol": {func(c *cri.PodSandboxConfig) {
+			c.PortMappings = []*cri.PortMapping{{ContainerPort: 80, HostPort: 8081, Protocol: 9}}
+		}, "protocol"},
+		"cgroup parent that leads out": {func(c *cri.PodSandboxConfig) { c.Linux.CgroupParent = "/../../x" }, "cgroup_parent"},
+		"pid mode TARGET":              {func(c *cri.PodSandboxConfig) { c.Linux.SecurityContext.NamespaceOptions.Pid = cri.NamespaceMode_TARGET }, "pid"},
+		"ipc mode CONTAINER": {func(c *cri.PodSandboxConfig) {
+			c.Linux.SecurityContext.NamespaceOptions.Ipc = cri.NamespaceMode_CONTAINER
+		}, "ipc"},
+		"group without user":   {func(c *cri.PodSandboxConfig) { c.Linux.SecurityContext.RunAsGroup = &cri.Int64Value{Value: 5} }, "run_as_group"},
+		"dns with a line feed": {func(c *cri.PodSandboxConfig) { c.DnsConfig.Searches = []string{"a\nnameserver 192.0.2.66"} }, "dns_config"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			p := preparePod(t, row.change)
+			r, err := node.Runtime.RunPodSandbox(ctx(t), &cri.RunPodSandboxRequest{Config: p.config})
+			if err == nil {
+				p.id = r.PodSandboxId
+			}
+			wantCode(t, err, codes.InvalidArgument, row.names)
+		})
+	}
+}
