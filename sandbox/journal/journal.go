@@ -139,6 +139,10 @@ func (b *Book) Load(f func(key string, body []byte) error) error {
 			continue
 		}
 		body, err := b.read(key)
+		if errors.Is(err, errNever) {
+			errs = append(errs, os.Remove(b.path(key)))
+			continue
+		}
 		if err == nil {
 			err = f(key, body)
 		}
@@ -161,9 +165,13 @@ func (b *Book) read(key string) ([]byte, error) {
 	return last(data)
 }
 
+// errNever is a file without a whole line: the daemon was killed in the first
+// Write of its key, before anything was done for it.
+var errNever = errors.New("first write was cut short")
+
 // last finds the newest record in a file.
 func last(data []byte) ([]byte, error) {
-	torn := errors.New("empty")
+	torn := errNever
 	for {
 		i := bytes.LastIndexByte(data, '\n')
 		line := data[i+1:]
@@ -173,7 +181,9 @@ func last(data []byte) ([]byte, error) {
 			if !errors.As(err, &cut) {
 				return body, err
 			}
-			torn = err
+			if int(cut.Offset) < len(line) { // damaged, not cut short
+				torn = err
+			}
 		}
 		if i < 0 {
 			return nil, fmt.Errorf("%w: %w", torn, errdefs.ErrDataLoss)

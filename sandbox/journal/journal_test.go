@@ -1,6 +1,7 @@
 package journal
 
 import (
+	"bytes"
 	"encoding/json"
 	"os"
 	"path/filepath"
@@ -73,7 +74,7 @@ func TestATornRecordCostsOnlyItself(t *testing.T) {
 		t.Fatal(err)
 	}
 	flipped := []byte(strings.Replace(string(whole), `"Name":"x"`, `"Name":"y"`, 1))
-	for name, data := range map[string][]byte{"torn": whole[:len(whole)/2], "empty": nil, "flipped": flipped, "newer": []byte(`{"version":99,"body":{}}`)} {
+	for name, data := range map[string][]byte{"damaged": bytes.Replace(whole, []byte(`{"version"`), []byte(`{version"`), 1), "flipped": flipped, "newer": []byte(`{"version":99,"body":{}}`)} {
 		t.Run(name, func(t *testing.T) {
 			if err := os.WriteFile(b.path(bad), data, 0o600); err != nil {
 				t.Fatal(err)
@@ -178,4 +179,33 @@ func FuzzRead(f *testing.F) {
 		}
 		_ = b.Load(func(string, []byte) error { return nil })
 	})
+}
+
+// TestAFirstWriteCutShortNeverWas: a daemon killed before the first line of a
+// record was whole has done nothing yet, and leaves nothing.
+func TestAFirstWriteCutShortNeverWas(t *testing.T) {
+	b, err := Open(t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	key := string(id.NewPod())
+	line, err := encode("x")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for n := range len(line) - 1 {
+		if err := os.WriteFile(b.path(key), line[:n], 0o600); err != nil {
+			t.Fatal(err)
+		}
+		err := b.Load(func(key string, body []byte) error {
+			t.Errorf("cut after %d bytes: loaded %s", n, body)
+			return nil
+		})
+		if err != nil {
+			t.Fatalf("cut after %d bytes: %v", n, err)
+		}
+		if left, _ := os.ReadDir(b.dir); len(left) > 0 {
+			t.Fatalf("cut after %d bytes: left %v", n, left)
+		}
+	}
 }
