@@ -65,7 +65,8 @@ func (c *Container) begin(s *script, p *specs.Process) (warnings []string, err e
 		}
 		// Only the task itself may set its label for the next execve.
 		f := s.do(l.field, unix.SYS_OPENAT, procFD(), l.file, unix.O_WRONLY|unix.O_CLOEXEC, 0).out()
-		s.do(l.field, unix.SYS_WRITE, f, l.label, len(l.label))
+		named := fmt.Sprintf("%s %q", l.field, strings.TrimPrefix(l.label, "exec ")) // fails when it is not loaded
+		s.do(named, unix.SYS_WRITE, f, l.label, len(l.label))
 	}
 	s.do("setsid", unix.SYS_SETSID)
 	// A session keyring of its own: the runtime's would be shared. No keyrings in
