@@ -117,7 +117,7 @@ chmod +x "$initrd/init"
 timeout "$timeout" qemu-system-x86_64 -accel "${BERTH_VM_ACCEL:-tcg}" -cpu max -m 3072 -smp 2 -nographic -no-reboot \
   -kernel "$cache"/kernel/boot/vmlinuz-* -initrd "$W/initrd.gz" -drive "file=$W/disk,format=raw,if=virtio,cache=unsafe" \
   -append "console=ttyS0 quiet panic=-1 cgroup_no_v1=all apparmor=1 security=apparmor" </dev/null 2>&1 |
-  tr -d '\r' | tee "$W/console" | sed -un '/^vm: Linux/,$p' || true
+  sed -u 's/\r//g' | tee "$W/console" | sed -un '/^vm: Linux/,$p' || true
 grep -q '^vm: Linux' "$W/console" || cat "$W/console" >&2
 grep -q '^vm: end' "$W/console" || die "not at its end after $timeout s, or the machine crashed"
 grep -q '^vm: end, ok$' "$W/console" || die "failed"

@@ -204,12 +204,12 @@ func host(a net.Addr) string {
 // ask connects from ns and returns the answer's tag and the client address seen.
 func (w *world) ask(ns *os.File, network, addr string) (tag, seen string, err error) {
 	err = kernel.In(kernel.NetNS, ns, func() error {
-		c, err := net.DialTimeout(network, addr, time.Second)
+		c, err := net.DialTimeout(network, addr, pace.Wait(time.Second))
 		if err != nil {
 			return err
 		}
 		defer c.Close()
-		_ = c.SetDeadline(time.Now().Add(time.Second))
+		_ = c.SetDeadline(time.Now().Add(pace.Wait(time.Second)))
 		if strings.HasPrefix(network, "udp") {
 			if _, err := c.Write([]byte("?")); err != nil {
 				return err
