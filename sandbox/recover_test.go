@@ -26,12 +26,11 @@ var life = []struct {
 	{"run pod", func(ctx context.Context, e *Engine) error {
 		cfg := podConfig("a")
 		// As the kubelet does: the next attempt when the last one is listed.
-		for _, s := range e.ListPods(PodFilter{}) {
-			cfg.Meta.Attempt = s.Config.Meta.Attempt
-			if s.State != PodReady {
+		if pods := e.ListPods(PodFilter{}); len(pods) > 0 {
+			cfg.Meta.Attempt = pods[0].Config.Meta.Attempt
+			if pods[0].State != PodReady {
 				cfg.Meta.Attempt++
 			}
-			break
 		}
 		_, err := e.RunPod(ctx, cfg)
 		return err

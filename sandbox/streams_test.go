@@ -26,8 +26,7 @@ type streams struct {
 	*link
 	mu      sync.Mutex
 	out     *os.File // the container's, of the last attach
-	stdin   *os.File // write end of the container's
-	stdinR  *os.File
+	stdinR  *os.File // read end of the container's stdin
 	closed  int // CloseStdin calls
 	resized []wire.Resize
 }
