@@ -27,7 +27,7 @@ type streams struct {
 	mu      sync.Mutex
 	out     *os.File // the container's, of the last attach
 	stdinR  *os.File // read end of the container's stdin
-	closed  int // CloseStdin calls
+	closed  int      // CloseStdin calls
 	resized []wire.Resize
 }
 
