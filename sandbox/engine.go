@@ -117,10 +117,8 @@ func Open(ctx context.Context, cfg Config) (*Engine, error) {
 	if e.ctrBook, err = journal.Open(filepath.Join(cfg.Root, "sandboxes", "containers")); err != nil {
 		return nil, err
 	}
-	for _, d := range []string{e.podsDir(), e.containersDir()} {
-		if err := os.MkdirAll(d, 0o711); err != nil {
-			return nil, err
-		}
+	if err := errors.Join(os.MkdirAll(e.podsDir(), 0o711), e.makeShards()); err != nil {
+		return nil, err
 	}
 	if e.empty, err = kernel.NewEmptyMountNS(); err != nil {
 		return nil, err
@@ -160,10 +158,6 @@ func (e *Engine) Close() error {
 
 func (e *Engine) podsDir() string        { return filepath.Join(e.cfg.State, "pods") }
 func (e *Engine) podDir(p id.Pod) string { return filepath.Join(e.podsDir(), string(p)) }
-func (e *Engine) containersDir() string  { return filepath.Join(e.cfg.Root, "containers") }
-func (e *Engine) containerDir(c id.Container) string {
-	return filepath.Join(e.containersDir(), string(c))
-}
 
 // created is the time of making an object: never the same twice and never
 // going back, since kubelets sort attempts by it.

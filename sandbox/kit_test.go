@@ -144,7 +144,11 @@ func (k *kit) untilState(c id.Container, s ContainerState) *ContainerStatus {
 
 // leftovers lists what the engine left in its folders.
 func (k *kit) leftovers() (out []string) {
-	for _, d := range []string{filepath.Join(k.root, "sandboxes", "pods"), filepath.Join(k.root, "sandboxes", "containers"), k.podsDir(), k.containersDir()} {
+	dirs := []string{filepath.Join(k.root, "sandboxes", "pods"), filepath.Join(k.root, "sandboxes", "containers"), k.podsDir()}
+	for _, s := range shards {
+		dirs = append(dirs, filepath.Join(k.containersDir(), string(s)))
+	}
+	for _, d := range dirs {
 		entries, err := os.ReadDir(d)
 		ok(k.t, err)
 		for _, e := range entries {

@@ -331,7 +331,7 @@ func (e *Engine) sweep(ctx context.Context, known map[id.Container]*wire.Info) e
 	}
 	errs = append(errs,
 		sweepDir(e.podsDir(), func(name string) bool { _, err := e.findPod(name); return err == nil }),
-		sweepDir(e.containersDir(), func(name string) bool { return wanted[id.Container(name)] }))
+		e.sweepShards(func(name string) bool { return wanted[id.Container(name)] }))
 	if err := e.cfg.Network.GC(ctx, live); err != nil && !errdefs.IsUnavailable(err) {
 		errs = append(errs, fmt.Errorf("network: %w", err))
 	}
