@@ -57,16 +57,16 @@ type assembly struct {
 }
 
 // assemble makes the container's namespaces and its mount namespace.
-func (c *Container) assemble(req oci.CreateRequest) error {
+func (c *Container) assemble(req oci.CreateRequest, root *rootAside) error {
 	a := &assembly{Container: c, req: req}
 	defer func() {
 		for _, f := range a.closers {
 			f.Close()
 		}
 	}()
-	withRoot := !req.PodInit || len(req.Rootfs.Lowers) > 0
+	withRoot := hasRoot(req)
 	if withRoot {
-		if err := a.prepare(); err != nil {
+		if err := a.prepare(root); err != nil {
 			return err
 		}
 	}
@@ -106,12 +106,8 @@ func (a *assembly) use(f *os.File) *os.File {
 }
 
 // prepare opens what lies on the host, in the host's mount namespace.
-func (a *assembly) prepare() error {
-	rootPath := ""
-	if a.plan.spec.Root != nil {
-		rootPath = a.plan.spec.Root.Path
-	}
-	f, err := openRootfs(a.req.Rootfs, rootPath)
+func (a *assembly) prepare(root *rootAside) error {
+	f, err := root.take()
 	if err != nil {
 		return err
 	}

@@ -125,6 +125,10 @@ func (r *Runtime) Create(ctx context.Context, req oci.CreateRequest) (_ oci.Cont
 		}
 	}()
 	u.Push(c.closeFiles)
+	// The root's overlay and the cgroups are the two dear parts of a create (0.5
+	// ms each) and know nothing of each other.
+	root := openRootAside(req, p)
+	u.Push(root.discard)
 	if p.cgroupPath != "" {
 		cg, warnings, err := r.cgroups.Create(p.cgroupPath, p.spec.Linux.Resources)
 		if err != nil {
@@ -140,7 +144,7 @@ func (r *Runtime) Create(ctx context.Context, req oci.CreateRequest) (_ oci.Cont
 			return nil, err
 		}
 	}
-	if err := c.assemble(req); err != nil {
+	if err := c.assemble(req, root); err != nil {
 		return nil, err
 	}
 	for _, w := range c.warnings {
@@ -149,3 +153,50 @@ func (r *Runtime) Create(ctx context.Context, req oci.CreateRequest) (_ oci.Cont
 	u.Release()
 	return c, nil
 }
+
+// rootAside is a container's root that is being opened on a goroutine of its own.
+type rootAside struct {
+	done chan struct{}
+	file *os.File
+	err  error
+}
+
+// openRootAside starts to open the root of a request; nil when it has none.
+func openRootAside(req oci.CreateRequest, p *plan) *rootAside {
+	if !hasRoot(req) {
+		return nil
+	}
+	path := ""
+	if p.spec.Root != nil {
+		path = p.spec.Root.Path
+	}
+	r := &rootAside{done: make(chan struct{})}
+	go func() {
+		defer close(r.done)
+		r.file, r.err = openRootfs(req.Rootfs, path)
+	}()
+	return r
+}
+
+// take waits for the root and gives it away.
+func (r *rootAside) take() (*os.File, error) {
+	<-r.done
+	f := r.file
+	r.file = nil
+	return f, r.err
+}
+
+// discard waits for the root and closes it unless it was taken.
+func (r *rootAside) discard() error {
+	if r == nil {
+		return nil
+	}
+	<-r.done
+	if r.file == nil {
+		return nil
+	}
+	return r.file.Close()
+}
+
+// hasRoot tells a container from a pod's init that stays on the empty tmpfs.
+func hasRoot(req oci.CreateRequest) bool { return !req.PodInit || len(req.Rootfs.Lowers) > 0 }
