@@ -183,6 +183,8 @@ func (b *containerBuild) acquireVolumes() error {
 			b.volumes = map[string]oci.Volume{}
 		}
 		b.volumes[strconv.Itoa(i)] = oci.Volume{Lowers: img.Layers, SubPath: m.ImageSubPath}
+		// What the status says of the mount: which image it turned out to be.
+		b.config.Mounts[i].ImageRef = string(img.ID)
 	}
 	return nil
 }
