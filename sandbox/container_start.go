@@ -118,6 +118,9 @@ func (e *Engine) exit(c *container, x wire.Exit) {
 
 // lose records that a container's processes are gone and nobody knows how they ended.
 func (e *Engine) lose(c *container, why string) {
+	// A process without an owner must not go on: its output leads nowhere, nobody
+	// would see its end, and its name could be running twice.
+	e.clearCgroup(c.record().Cgroup)
 	now := time.Now()
 	err := e.stepContainer(c, lifecycle.Lost, func(r *containerRecord) {
 		r.FinishedAt, r.ExitCode, r.Reason, r.Message, r.Pid = now, 255, reasonUnknown, why, 0

@@ -9,12 +9,15 @@ import (
 	"path/filepath"
 	"runtime/debug"
 	"slices"
+	"strconv"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
 
 	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
+	"k8s.io/klog/v2"
 
 	"github.com/berth-runtime/berth/cni"
 	"github.com/berth-runtime/berth/internal/id"
@@ -196,6 +199,40 @@ func (e *Engine) removeCgroup(dir string) {
 	for _, root := range e.cgroups {
 		_ = unix.Rmdir(filepath.Join(root, dir)) // not there, or somebody else's is below it: stays
 	}
+}
+
+// clearLimit is how long clearCgroup waits for killed processes to go.
+const clearLimit = 2 * time.Second
+
+// clearCgroup kills every process of a container's cgroup and removes the cgroup:
+// for containers whose supervisor is gone.
+func (e *Engine) clearCgroup(dir string) {
+	if dir == "" || dir == "/" {
+		return
+	}
+	for deadline := time.Now().Add(clearLimit); time.Now().Before(deadline); time.Sleep(2 * time.Millisecond) {
+		left := false
+		for _, root := range e.cgroups {
+			at := filepath.Join(root, dir)
+			if os.WriteFile(filepath.Join(at, "cgroup.kill"), []byte("1"), 0) == nil { // cgroup v2, Linux 5.14
+				left = true
+			} else if pids, err := os.ReadFile(filepath.Join(at, "cgroup.procs")); err == nil {
+				left = true
+				for _, pid := range strings.Fields(string(pids)) {
+					if n, err := strconv.Atoi(pid); err == nil && n > 1 {
+						_ = unix.Kill(n, unix.SIGKILL)
+					}
+				}
+				// A frozen process dies only when it is thawed (v1 freezer).
+				_ = os.WriteFile(filepath.Join(at, "freezer.state"), []byte("THAWED"), 0)
+			}
+			_ = unix.Rmdir(at) // busy until the last process is reaped
+		}
+		if !left {
+			return
+		}
+	}
+	klog.InfoS("Processes of a lost container do not end", "cgroup", dir)
 }
 
 func decodePod(body []byte) (podRecord, error) {

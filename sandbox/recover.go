@@ -269,6 +269,9 @@ func (e *Engine) resync(ctx context.Context) error {
 	// namespaces to the old supervisor.
 	for _, p := range e.view.Load().pods {
 		if init := p.record().Init; init != "" && was[init] == lifecycle.Ready && !runs(known[init]) {
+			if rec := p.record(); known[init] == nil {
+				e.clearCgroup(rec.containerIn(init)) // it may run on without its supervisor
+			}
 			e.initEnded(p)
 		}
 		e.owned.Go(func() { tell(e.holdAgain(p), "Namespaces of a pod are not kept", "pod", p.id) })
