@@ -151,6 +151,10 @@ func refuse(s *specs.Spec) error {
 		return unsupported("linux.resources.rdma")
 	case l.MountLabel != "" && !selinuxEnabled():
 		return fmt.Errorf("linux.mountLabel: SELinux is not enabled on this host: %w", errdefs.ErrFailedPrecondition)
+	case l.MountLabel != "":
+		// Without the label on its files a confined process is denied its own root:
+		// better to say so than to start it.
+		return unsupported("linux.mountLabel")
 	}
 	return nil
 }
