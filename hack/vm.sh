@@ -69,6 +69,7 @@ trap 'rm -rf "$W"' EXIT
 # compiled suites in the places where their packages have them.
 root=$W/root
 mkdir -p "$root"/{bin,sbin,usr/bin,dev,proc,sys,run,tmp,etc,root,src/bin,var/lib}
+echo "nameserver 192.0.2.1" >"$root/etc/resolv.conf" # pods without a DNS config get the node's
 cp "$(command -v busybox)" "$root/bin/busybox"
 for name in $(busybox --list); do [ "$name" = busybox ] || ln -s busybox "$root/bin/$name"; done
 ln -s ../bin/busybox "$root/sbin/modprobe" # where the kernel looks for it

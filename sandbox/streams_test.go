@@ -368,7 +368,7 @@ func TestAttach(t *testing.T) {
 	go func() {
 		done <- k.Attach(context.Background(), string(c), StreamIO{Stdin: strings.NewReader("in"), Stdout: out})
 	}()
-	until(t, "attached", func() bool { s.mu.Lock(); defer s.mu.Unlock(); return s.out != nil })
+	until(t, "attached", func() bool { s.mu.Lock(); defer s.mu.Unlock(); return s.out != nil && s.stdinR != nil })
 	if b := must(io.ReadAll(s.stdinR))(t); string(b) != "in" {
 		t.Errorf("stdin %q", b)
 	}
