@@ -40,7 +40,7 @@ func Hold(empty, m *os.File) (*os.File, error) {
 func holdInNS(empty, m *os.File) (*os.File, error) {
 	defer m.Close()
 	var ns *os.File
-	err := onThread(func() (err error) {
+	err := OnThread(func() (err error) {
 		ns, err = enterOver(empty, m)
 		return err
 	})
@@ -58,7 +58,7 @@ func CloneHeld(f *os.File, recursive bool) (*os.File, error) {
 		return CloneTree(int(f.Fd()), "", recursive)
 	}
 	var t *os.File
-	err := onThread(func() (err error) {
+	err := OnThread(func() (err error) {
 		if err := unix.Unshare(unix.CLONE_FS); err != nil {
 			return fmt.Errorf("unshare CLONE_FS: %w", err)
 		}
@@ -79,7 +79,7 @@ func CloneDetached(empty, m, at *os.File) (*os.File, error) {
 		return t, err
 	}
 	// The mount is put in a namespace that ends with its thread.
-	err = onThread(func() error {
+	err = OnThread(func() error {
 		ns, err := enterOver(empty, m)
 		if err != nil {
 			return err

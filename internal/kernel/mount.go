@@ -106,7 +106,7 @@ const (
 // process that joins it and unshares copies one mount however many the host has.
 func NewEmptyMountNS() (*os.File, error) {
 	var ns *os.File
-	err := onThread(func() error {
+	err := OnThread(func() error {
 		if err := unix.Unshare(unix.CLONE_NEWNS | unix.CLONE_FS); err != nil {
 			return fmt.Errorf("unshare mount namespace: %w", err)
 		}

@@ -45,7 +45,7 @@ func (n Namespace) OpenCurrent() (*os.File, error) {
 // it may be nil. No process is needed: the fds hold the namespaces.
 func NewNamespaces(kinds []Namespace, in func() error) ([]*os.File, error) {
 	var files []*os.File
-	err := onThread(func() error {
+	err := OnThread(func() error {
 		flags := 0
 		for _, k := range kinds {
 			flags |= k.CloneFlag()
@@ -78,7 +78,7 @@ func NewNamespaces(kinds []Namespace, in func() error) ([]*os.File, error) {
 // Goroutines started by f do not inherit the namespace. Only per-thread
 // namespaces work: net, ipc, uts.
 func In(kind Namespace, ns *os.File, f func() error) error {
-	return onThread(func() error {
+	return OnThread(func() error {
 		if err := unix.Setns(int(ns.Fd()), kind.CloneFlag()); err != nil {
 			return fmt.Errorf("join %s namespace: %w", kind, err)
 		}
@@ -90,16 +90,14 @@ func In(kind Namespace, ns *os.File, f func() error) error {
 // unlocked, so the Go runtime ends it with its goroutine and a changed
 // namespace, root or umask cannot leak into other goroutines. f must not hand
 // its work to other goroutines.
-func OnThread(f func() error) error { return onThread(f) }
-
-func onThread(f func() error) error {
+func OnThread(f func() error) error {
 	done := make(chan error, 1)
 	go func() {
 		runtime.LockOSThread()
 		// The main thread is never ended, and /proc/self of the whole process shows
 		// its namespaces: keep it busy here and use another one.
 		if unix.Gettid() == unix.Getpid() {
-			done <- onThread(f)
+			done <- OnThread(f)
 			runtime.UnlockOSThread()
 			return
 		}

@@ -111,7 +111,7 @@ func (c *conn) close() {
 	c.queue = nil
 	c.mu.Unlock()
 	for _, m := range queue {
-		closeAll(m.files)
+		wire.CloseFiles(m.files)
 	}
 	_ = c.wire.Close()
 	c.signal()
@@ -156,7 +156,7 @@ func (c *conn) receive() {
 
 // serve answers one request.
 func (c *conn) serve(f wire.Frame, files []*os.File) {
-	defer closeAll(files)
+	defer wire.CloseFiles(files)
 	var after func()
 	replied := false
 	defer func() {
@@ -187,7 +187,7 @@ func (c *conn) reply(n uint64, body any, files []*os.File, err error) {
 	}
 	b, eerr := wire.Encode(f, len(files))
 	if eerr != nil {
-		closeAll(files)
+		wire.CloseFiles(files)
 		files = nil
 		if b, eerr = wire.Encode(wire.Frame{ID: n, Err: wire.ToError(eerr)}, 0); eerr != nil {
 			c.close()
@@ -214,7 +214,7 @@ func (c *conn) post(m message) {
 	c.mu.Lock()
 	if c.closed {
 		c.mu.Unlock()
-		closeAll(m.files)
+		wire.CloseFiles(m.files)
 		return
 	}
 	c.queue = append(c.queue, m)
@@ -237,27 +237,19 @@ func (c *conn) send() {
 		c.mu.Unlock()
 		if closed {
 			for _, m := range queue {
-				closeAll(m.files)
+				wire.CloseFiles(m.files)
 			}
 			return
 		}
 		for _, m := range queue {
 			err := c.wire.SendEncoded(m.bytes, m.files...)
-			closeAll(m.files)
+			wire.CloseFiles(m.files)
 			if err != nil {
 				c.close() // the rest fails at once and its files are closed
 			}
 		}
 		if len(queue) == 0 {
 			<-c.wake
-		}
-	}
-}
-
-func closeAll(files []*os.File) {
-	for _, f := range files {
-		if f != nil {
-			_ = f.Close()
 		}
 	}
 }

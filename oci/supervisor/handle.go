@@ -276,7 +276,7 @@ func (s *Server) make(rt oci.Runtime, r wire.Create) (_ oci.Container, err error
 		Namespaces: map[specs.LinuxNamespaceType]*os.File{}, MountFDs: map[string]*os.File{},
 	}
 	var files []*os.File
-	defer func() { closeAll(files) }() // the runtime has duplicated what it keeps
+	defer func() { wire.CloseFiles(files) }() // the runtime has duplicated what it keeps
 	for kind, key := range r.Namespaces {
 		f, err := s.borrow(key)
 		if err != nil {
@@ -363,7 +363,7 @@ func (s *Server) keep(f wire.Frame, files []*os.File) (out []*os.File, err error
 		for _, k := range r.Keys {
 			d, err := s.borrow(k)
 			if err != nil {
-				closeAll(out)
+				wire.CloseFiles(out)
 				return nil, err
 			}
 			out = append(out, d)
@@ -376,7 +376,7 @@ func (s *Server) keep(f wire.Frame, files []*os.File) (out []*os.File, err error
 		for _, file := range files {
 			d, err := dupFile(file)
 			if err != nil {
-				closeAll(out)
+				wire.CloseFiles(out)
 				return nil, err
 			}
 			out = append(out, d)
@@ -395,7 +395,7 @@ func (s *Server) keep(f wire.Frame, files []*os.File) (out []*os.File, err error
 	}
 	s.mu.Unlock()
 	// The last reference of a namespace or mount goes here: outside the lock.
-	closeAll(old)
+	wire.CloseFiles(old)
 	s.touch()
 	return nil, nil
 }

@@ -17,7 +17,7 @@ import (
 // plain is a request whose answer carries nothing; descriptors are closed.
 func (c *Client) plain(ctx context.Context, op wire.Op, body any, files ...*os.File) error {
 	got, err := c.call(ctx, op, body, nil, files, nil)
-	closeAll(got)
+	wire.CloseFiles(got)
 	return err
 }
 
@@ -46,7 +46,7 @@ func rawEnv(p *specs.Process) [][]byte {
 func (c *Client) Start(ctx context.Context, r wire.Start) (wire.StartReply, error) {
 	var reply wire.StartReply
 	got, err := c.call(ctx, wire.OpStart, r, &reply, nil, nil)
-	closeAll(got)
+	wire.CloseFiles(got)
 	return reply, err
 }
 
@@ -84,7 +84,7 @@ func (c *Client) ReopenLog(ctx context.Context, r wire.ReopenLog) error {
 func (c *Client) List(ctx context.Context) ([]wire.Info, error) {
 	var reply wire.ListReply
 	got, err := c.call(ctx, wire.OpList, nil, &reply, nil, nil)
-	closeAll(got)
+	wire.CloseFiles(got)
 	return reply.Containers, err
 }
 
@@ -158,7 +158,7 @@ func (c *Client) Exec(ctx context.Context, r wire.Exec, stdin, stdout, stderr *o
 			return 0, nil, nil, err
 		}
 	} else {
-		closeAll(got)
+		wire.CloseFiles(got)
 	}
 	return reply.Pid, console, w.exit, nil
 }
@@ -178,7 +178,7 @@ func (c *Client) GetFDs(ctx context.Context, keys []string) ([]*os.File, error) 
 		return nil, err
 	}
 	if len(got) != len(keys) {
-		closeAll(got)
+		wire.CloseFiles(got)
 		return nil, fmt.Errorf("supervisor: %d descriptors for %d keys: %w", len(got), len(keys), errdefs.ErrInternal)
 	}
 	return got, nil
@@ -193,13 +193,13 @@ func (c *Client) DropFDs(ctx context.Context, keys []string) error {
 func (c *Client) ListFDs(ctx context.Context) ([]string, error) {
 	var reply wire.ListFDReply
 	got, err := c.call(ctx, wire.OpListFD, nil, &reply, nil, nil)
-	closeAll(got)
+	wire.CloseFiles(got)
 	return reply.Keys, err
 }
 
 func one(op wire.Op, files []*os.File) (*os.File, error) {
 	if len(files) != 1 {
-		closeAll(files)
+		wire.CloseFiles(files)
 		return nil, fmt.Errorf("supervisor: answer to %s has %d descriptors, want 1: %w", op, len(files), errdefs.ErrInternal)
 	}
 	return files[0], nil

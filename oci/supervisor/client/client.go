@@ -171,7 +171,7 @@ func (l *link) read(exits *exitQueue) {
 			return
 		}
 		if f.ID == 0 {
-			closeAll(files)
+			wire.CloseFiles(files)
 			if f.Op == wire.OpExit {
 				l.exit(f, exits)
 			}
@@ -182,7 +182,7 @@ func (l *link) read(exits *exitQueue) {
 		delete(l.pending, f.ID)
 		l.mu.Unlock()
 		if ch == nil { // nobody waits any more
-			closeAll(files)
+			wire.CloseFiles(files)
 			continue
 		}
 		ch <- answer{f, files}
@@ -332,27 +332,21 @@ func (l *link) abandon(n uint64, ch chan answer) {
 	l.mu.Unlock()
 	if !waiting {
 		if a, ok := <-ch; ok { // read took it off the map and sends, or fail closed it
-			closeAll(a.files)
+			wire.CloseFiles(a.files)
 		}
 	}
 }
 
 func (a answer) take(op wire.Op, reply any) ([]*os.File, error) {
 	if a.frame.Err != nil {
-		closeAll(a.files)
+		wire.CloseFiles(a.files)
 		return nil, a.frame.Err
 	}
 	if reply != nil {
 		if err := json.Unmarshal(a.frame.Body, reply); err != nil {
-			closeAll(a.files)
+			wire.CloseFiles(a.files)
 			return nil, fmt.Errorf("supervisor: answer to %s: %w", op, errors.Join(err, errdefs.ErrInternal))
 		}
 	}
 	return a.files, nil
-}
-
-func closeAll(files []*os.File) {
-	for _, f := range files {
-		_ = f.Close()
-	}
 }

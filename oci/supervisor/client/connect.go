@@ -116,7 +116,7 @@ func hello(conn *wire.Conn) error {
 			}
 			return fmt.Errorf("supervisor: hello: %w: %w", err, errdefs.ErrUnavailable)
 		}
-		closeAll(files)
+		wire.CloseFiles(files)
 		if f.ID != 1 {
 			continue // an exit that was quicker; the list that follows has it
 		}

@@ -150,7 +150,7 @@ func (c *Conn) SetRecvDeadline(t time.Time) error { return c.file.SetReadDeadlin
 func (c *Conn) Recv() (_ Frame, _ []*os.File, err error) {
 	defer func() {
 		if err != nil {
-			closeAll(c.fds)
+			CloseFiles(c.fds)
 			c.fds = nil
 		}
 	}()
@@ -222,9 +222,12 @@ func (c *Conn) fill() error {
 	return nil
 }
 
-func closeAll(files []*os.File) {
+// CloseFiles closes received or passed descriptors; nil ones are skipped.
+func CloseFiles(files []*os.File) {
 	for _, f := range files {
-		_ = f.Close()
+		if f != nil {
+			_ = f.Close()
+		}
 	}
 }
 
