@@ -44,6 +44,7 @@ type Volume struct {
 // PID namespace that the pod's containers share; it reaps and sleeps.
 type CreateRequest struct {
 	ID         id.Container
+	Bundle     string // of the bundle's directory, for the state that hooks read; "" if there is none
 	Spec       *specs.Spec
 	Rootfs     Rootfs
 	Namespaces map[specs.LinuxNamespaceType]*os.File
@@ -56,8 +57,10 @@ type CreateRequest struct {
 // /dev/null. The files are borrowed for the duration of the call. With a
 // terminal (Process.Terminal) they are unused: the runtime makes a pty inside
 // the container and hands back its master in Process.Console.
+// Extra files become descriptors 3 and up of the process.
 type Stdio struct {
 	In, Out, Err *os.File
+	Extra        []*os.File
 }
 
 // Process is a started process. The caller owns PidFD and Console, closes

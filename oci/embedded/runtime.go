@@ -20,6 +20,9 @@ import (
 type Config struct {
 	// Cgroups overrides the detected cgroup hierarchies.
 	Cgroups *cgroup.Host
+	// SystemdCgroups reads linux.cgroupsPath as "slice:prefix:name" and has systemd
+	// make the cgroup.
+	SystemdCgroups bool
 	// Log takes warnings; nil means slog.Default.
 	Log *slog.Logger
 }
