@@ -86,7 +86,7 @@ func (c *Cgroup) make(r *specs.LinuxResources) (warnings []string, err error) {
 	if err := c.apply(p.settings, &p.warnings); err != nil {
 		return nil, err
 	}
-	if err := c.setDevices(p.rules); err != nil {
+	if err := c.setDevices(p); err != nil {
 		return nil, err
 	}
 	return p.warnings, nil

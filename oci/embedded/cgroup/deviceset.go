@@ -1,6 +1,7 @@
 package cgroup
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"maps"
@@ -10,6 +11,7 @@ import (
 	"strings"
 
 	"github.com/containerd/errdefs"
+	"golang.org/x/sys/unix"
 )
 
 // deviceKey names the devices of a v1 exception; -1 is any number.
@@ -68,13 +70,13 @@ func (k deviceKey) covers(o deviceKey) bool {
 
 // v1 is the exception as devices.allow and devices.deny take it.
 func (k deviceKey) v1(bits int32) string {
-	access := ""
-	for _, a := range "rwm" {
-		if bits&accessBits(string(a)) != 0 {
-			access += string(a)
+	access := make([]byte, 0, 3)
+	for i, bit := range [3]int32{unix.BPF_DEVCG_ACC_READ, unix.BPF_DEVCG_ACC_WRITE, unix.BPF_DEVCG_ACC_MKNOD} {
+		if bits&bit != 0 {
+			access = append(access, "rwm"[i])
 		}
 	}
-	return rule{kind: k.kind, major: k.major, minor: k.minor, access: access}.v1()
+	return rule{kind: k.kind, major: k.major, minor: k.minor, access: string(access)}.v1()
 }
 
 // parseDeviceSet reads devices.list. A cgroup that allows by default does not
@@ -130,7 +132,7 @@ func (s deviceSet) writes() []deviceWrite {
 
 func (s deviceSet) keys() []deviceKey {
 	return slices.SortedFunc(maps.Keys(s.except), func(a, b deviceKey) int {
-		return strings.Compare(a.v1(7), b.v1(7))
+		return cmp.Or(cmp.Compare(a.kind, b.kind), cmp.Compare(a.major, b.major), cmp.Compare(a.minor, b.minor))
 	})
 }
 
@@ -152,26 +154,19 @@ func (s deviceSet) difference(to deviceSet) []deviceWrite {
 }
 
 // setDevices puts the device rules on a new cgroup.
-func (c *Cgroup) setDevices(rs []rule) error {
+func (c *Cgroup) setDevices(p *plan) error {
 	if c.host.V2() {
-		return attachDeviceFilter(c.dirs[0].path, rs)
+		return attachDeviceFilter(c.dirs[0].path, p.rules)
 	}
-	s, err := deviceSetOf(rs)
-	if err != nil {
-		return err
-	}
-	return c.writeDevices(s.writes(), nil)
+	return c.writeDevices(p.devices.writes(), nil)
 }
 
 // replaceDevices replaces the device rules of a running container.
-func (c *Cgroup) replaceDevices(rs []rule) error {
+func (c *Cgroup) replaceDevices(p *plan) error {
 	if c.host.V2() {
-		return replaceDeviceFilter(c.dirs[0].path, rs)
+		return replaceDeviceFilter(c.dirs[0].path, p.rules)
 	}
-	to, err := deviceSetOf(rs)
-	if err != nil {
-		return err
-	}
+	to := p.devices
 	at, err := c.devicesDir()
 	if err != nil {
 		return err

@@ -40,7 +40,8 @@ type setting struct {
 // plan is what the resources of a spec come to on this host.
 type plan struct {
 	settings []setting
-	rules    []rule
+	rules    []rule    // for v2
+	devices  deviceSet // for v1
 	warnings []string
 }
 
@@ -55,7 +56,7 @@ func (c *Cgroup) plan(r *specs.LinuxResources) (*plan, error) {
 		p.settings, p.warnings, err = settingsV2(r)
 		return p, err
 	}
-	if _, err := deviceSetOf(p.rules); err != nil {
+	if p.devices, err = deviceSetOf(p.rules); err != nil {
 		return nil, err
 	}
 	if p.settings, p.warnings, err = c.host.settingsV1(r); err != nil {
@@ -191,7 +192,7 @@ func (c *Cgroup) Update(r *specs.LinuxResources) (warnings []string, err error) 
 		}
 	}
 	if len(r.Devices) > 0 {
-		if err := c.replaceDevices(p.rules); err != nil {
+		if err := c.replaceDevices(p); err != nil {
 			return nil, err
 		}
 	}
