@@ -47,11 +47,11 @@ func (c *filterCache) get(p *specs.LinuxSeccomp) (*seccomp.Filter, error) {
 }
 
 // loadFilter appends the call that makes the filter the process's.
-func (s *script) loadFilter(f *seccomp.Filter) {
+func (s *script) loadFilter(f *seccomp.Filter) call {
 	const setModeFilter = 1
 	insns := s.put(unsafe.Slice((*byte)(unsafe.Pointer(&f.Prog[0])), len(f.Prog)*int(unsafe.Sizeof(unix.SockFilter{}))))
 	prog := make([]byte, 16) // struct sock_fprog
 	binary.LittleEndian.PutUint16(prog, uint16(len(f.Prog)))
 	binary.LittleEndian.PutUint64(prog[8:], uint64(insns))
-	s.do("seccomp", unix.SYS_SECCOMP, setModeFilter, f.Flags, prog)
+	return s.do("seccomp", unix.SYS_SECCOMP, setModeFilter, f.Flags, prog)
 }

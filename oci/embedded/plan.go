@@ -2,10 +2,8 @@ package embedded
 
 import (
 	"fmt"
-	"maps"
 	"os"
 	"path"
-	"slices"
 	"strings"
 
 	"github.com/containerd/errdefs"

@@ -306,4 +306,3 @@ func (c *Container) giveStdio(files [3]*os.File, user uint32, terminal bool) err
 	}
 	return nil
 }
-
