@@ -111,8 +111,11 @@ func (r *Runtime) plan(req oci.CreateRequest) (*plan, error) {
 		return nil, err
 	}
 	if s.Linux.Seccomp != nil {
-		if p.filter, err = r.filters.get(s.Linux.Seccomp); err != nil {
+		if p.filter, err = r.filters.get(s.Linux.Seccomp, req.SeccompDigest); err != nil {
 			return nil, err
+		}
+		if p.filter.Listener { // without its listener every notified call would fail
+			return nil, unsupported("linux.seccomp: action SCMP_ACT_NOTIFY")
 		}
 	}
 	return p, nil

@@ -247,12 +247,11 @@ func agent(t *testing.T, path string) (receive func() (*os.File, specs.Container
 
 // notification is struct seccomp_notif.
 type notification struct {
-	id         uint64
-	pid, flags uint32
-	nr         int32
-	arch       uint32
-	ip         uint64
-	args       [6]uint64
+	id   uint64
+	_    [2]uint32 // pid, flags
+	nr   int32
+	_    [3]uint32 // arch, instruction pointer
+	args [6]uint64
 }
 
 // response is struct seccomp_notif_resp.
