@@ -333,6 +333,8 @@ func (a *assembly) buildRoot() error {
 		if err := a.placeWitness(hidden); err != nil {
 			return err
 		}
+	}
+	if a.userNS != nil && !a.plan.hostTree() {
 		if at, err = kernel.OpenInRoot(hidden, kernel.EmptyRoot, unix.O_PATH|unix.O_DIRECTORY|unix.O_NOFOLLOW, 0); err != nil {
 			return err
 		}
