@@ -49,9 +49,10 @@ func checkNetDevices(devs map[string]specs.LinuxNetDevice) error {
 	return nil
 }
 
-// isDeviceName is the kernel's rule for names of network devices.
+// isDeviceName is the kernel's rule for names of network devices. Its isspace()
+// knows Latin-1, where the byte 0xa0 is one.
 func isDeviceName(s string) bool {
-	return s != "" && len(s) < unix.IFNAMSIZ && s != "." && s != ".." && !strings.ContainsAny(s, "/: \t\n\v\f\r\x00\xa0")
+	return s != "" && len(s) < unix.IFNAMSIZ && s != "." && s != ".." && !strings.ContainsAny(s, "/: \t\n\v\f\r\x00") && strings.IndexByte(s, 0xa0) < 0
 }
 
 // netDevice is a device of linux.netDevices.

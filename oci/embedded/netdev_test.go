@@ -31,19 +31,20 @@ func TestCheckNetDevices(t *testing.T) {
 		}
 	}
 	for name, bad := range map[string]devs{
-		"eth0": {"eth0": {Name: "x"}, "eth1": {}, "x": {Name: "eth1"}}, // named below
-		"a":    {"a": {Name: ".."}},
-		"b":    {"b": {Name: "sixteen-bytes-xx"}},
-		"c":    {"c": {Name: "x%dy%d"}},
-		"d":    {"d": {Name: "x%s"}},
-		"e":    {"e": {Name: "x%"}},
-		"f":    {"f": {Name: "x y"}},
-		"g":    {"g": {Name: "x:y"}},
-		"":     {"": {}},
-		".":    {".": {}},
-		"a/b":  {"a/b": {}},
-		"a\nb": {"a\nb": {}},
-		"p%d":  {"p%d": {}},
+		"eth0":   {"eth0": {Name: "x"}, "eth1": {}, "x": {Name: "eth1"}}, // named below
+		"a":      {"a": {Name: ".."}},
+		"b":      {"b": {Name: "sixteen-bytes-xx"}},
+		"c":      {"c": {Name: "x%dy%d"}},
+		"d":      {"d": {Name: "x%s"}},
+		"e":      {"e": {Name: "x%"}},
+		"f":      {"f": {Name: "x y"}},
+		"g":      {"g": {Name: "x:y"}},
+		"":       {"": {}},
+		".":      {".": {}},
+		"a/b":    {"a/b": {}},
+		"a\nb":   {"a\nb": {}},
+		"p%d":    {"p%d": {}},
+		"\u00e0": {"\u00e0": {}}, // the second byte is a space to the kernel
 	} {
 		if name == "eth0" {
 			name = "x" // sorted, it is the second that would be called eth1
