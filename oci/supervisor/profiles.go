@@ -79,7 +79,8 @@ func (p *profiles) fill(op wire.Op, r *wire.Create) (digest [32]byte, err error)
 	if op == wire.OpCreate || r.Spec.Linux == nil || r.Spec.Linux.Seccomp != nil {
 		return digest, fmt.Errorf("%s: seccomp %q: want %s, with a spec that has linux and not linux.seccomp: %w", op, r.Seccomp, wire.OpCreateProfile, errdefs.ErrInvalidArgument)
 	}
-	if n, err := hex.Decode(digest[:], []byte(r.Seccomp)); err != nil || n != len(digest) || len(r.Seccomp) != 2*n {
+	b, err := hex.DecodeString(r.Seccomp)
+	if err != nil || copy(digest[:], b) != len(digest) || len(b) != len(digest) {
 		return digest, fmt.Errorf("seccomp %q: not a digest: %w", r.Seccomp, errdefs.ErrInvalidArgument)
 	}
 	p.mu.Lock()
