@@ -202,10 +202,53 @@ func (c *Cgroup) Update(r *specs.LinuxResources) (warnings []string, err error) 
 // tellUnit updates the unit. On v1 systemd writes device rules by denying
 // everything first: the container stands still meanwhile.
 func (c *Cgroup) tellUnit(r *specs.LinuxResources) error {
+	r, err := c.withBandwidth(r)
+	if err != nil {
+		return err
+	}
 	if len(r.Devices) == 0 || c.host.V2() {
 		return c.unit.Update(r)
 	}
 	return c.whileFrozen(func() error { return c.unit.Update(r) })
+}
+
+// withBandwidth completes quota and period by each other as the kernel has them:
+// systemd knows only the share that both make.
+func (c *Cgroup) withBandwidth(r *specs.LinuxResources) (*specs.LinuxResources, error) {
+	if r.CPU == nil || set(r.CPU.Quota) == set(r.CPU.Period) {
+		return r, nil
+	}
+	dir, err := c.controllerDir("cpu")
+	if err != nil {
+		return nil, err
+	}
+	var text string
+	if c.host.V2() {
+		text, err = readFile(filepath.Join(dir, "cpu.max"))
+	} else {
+		var period string
+		text, err = readFile(filepath.Join(dir, "cpu.cfs_quota_us"))
+		if err == nil {
+			period, err = readFile(filepath.Join(dir, "cpu.cfs_period_us"))
+			text += " " + period
+		}
+	}
+	if err != nil {
+		return nil, err
+	}
+	now := strings.Fields(strings.Replace(text, "max", "-1", 1))
+	if len(now) != 2 {
+		return nil, fmt.Errorf("cgroup %s: quota and period %q: %w", dir, text, errdefs.ErrUnavailable)
+	}
+	quota, qerr := strconv.ParseInt(now[0], 10, 64)
+	period, perr := strconv.ParseUint(now[1], 10, 64)
+	if err := errors.Join(qerr, perr); err != nil {
+		return nil, fmt.Errorf("cgroup %s: quota and period: %w", dir, err)
+	}
+	full, cpu := *r, *r.CPU
+	cpu.Quota, cpu.Period = &quota, &period
+	full.CPU = &cpu
+	return &full, nil
 }
 
 // snapshot returns the settings that undo sets, and completes those of sets that
