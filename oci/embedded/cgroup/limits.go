@@ -33,6 +33,8 @@ type setting struct {
 	// device, and unset the value of a device that has no line.
 	key, unset string
 
+	done *bool // of an update: written, so that it must be taken back
+
 	// merge makes the value of an update from what the file shows.
 	merge func(now string) string
 }
@@ -95,6 +97,9 @@ func (c *Cgroup) apply(sets []setting, warnings *[]string) error {
 			err := c.write(s, warnings)
 			switch {
 			case err == nil:
+				if s.done != nil {
+					*s.done = true
+				}
 			case errors.Is(err, unix.EINVAL), errors.Is(err, unix.EBUSY):
 				again = append(again, s)
 				if refused == nil {
@@ -175,6 +180,7 @@ func (c *Cgroup) Update(r *specs.LinuxResources) (warnings []string, err error) 
 	}
 	defer func() {
 		if err != nil {
+			back = slices.DeleteFunc(back, func(s setting) bool { return !*s.done })
 			err = errors.Join(err, c.apply(back, new([]string)))
 		}
 	}()
@@ -251,7 +257,7 @@ func (c *Cgroup) withBandwidth(r *specs.LinuxResources) (*specs.LinuxResources, 
 	return &full, nil
 }
 
-// snapshot returns the settings that undo sets, and completes those of sets that
+// snapshot returns the settings that undo sets once they are done, and completes those of sets that
 // depend on what is there.
 func (c *Cgroup) snapshot(sets []setting) ([]setting, error) {
 	var back []setting
@@ -277,7 +283,8 @@ func (c *Cgroup) snapshot(sets []setting) ([]setting, error) {
 			s.value = s.merge(was)
 		}
 		if v, ok := s.revert(was); ok {
-			back = append(back, setting{controller: s.controller, file: file, value: v, field: s.field})
+			s.done = new(bool)
+			back = append(back, setting{controller: s.controller, file: file, value: v, field: s.field, done: s.done})
 		}
 	}
 	slices.Reverse(back)
