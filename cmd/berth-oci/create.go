@@ -136,7 +136,6 @@ type making struct {
 	rec    state.Record
 	rt     *embedded.Runtime
 	c      *embedded.Container
-	gate   embedded.Gate
 }
 
 // make makes the container, as far as the command asks. On error nothing is left.
@@ -175,7 +174,7 @@ func (m *making) make(ctx context.Context) (p oci.Process, err error) {
 	}
 	if m.runNow {
 		m.log.Debug("start", "container", m.name, "pid", p.Pid)
-		if err := errors.Join(m.c.Release(ctx, m.gate), m.dir.RemoveGate()); err != nil {
+		if err := release(ctx, m.dir, m.c); err != nil {
 			return p, err
 		}
 	}
@@ -216,24 +215,26 @@ func (m *making) create(ctx context.Context, u *undo.Stack, env []string) (err e
 	}
 	m.c = c.(*embedded.Container)
 	u.Push(func() error { return errors.Join(killAll(m.c), m.c.Delete()) })
-	m.gate, err = m.dir.MakeGate()
-	return err
+	return nil
 }
 
 // prepare makes the first process, which waits at the gate, and writes it down.
 func (m *making) prepare(ctx context.Context, u *undo.Stack, io oci.Stdio) (oci.Process, error) {
-	p, err := m.c.Prepare(ctx, io, m.gate)
+	gate, err := m.dir.MakeGate()
+	if err != nil {
+		return oci.Process{}, err
+	}
+	// Not kept: a gate held open here would never hang up on the one who starts.
+	defer gate.Close()
+	p, err := m.c.Prepare(ctx, io, gate)
 	if err != nil {
 		return p, err
 	}
 	u.Push(func() error { return end(p) })
-	created := m.rec
-	created.Saved = m.c.Save()
-	if err := m.dir.Save(created); err != nil {
+	if m.rec.Saved, err = m.c.Save(); err != nil {
 		return p, err
 	}
-	m.rec = created
-	return p, nil
+	return p, m.dir.Save(m.rec)
 }
 
 // delete removes the container after its end, unless somebody else has.
@@ -253,9 +254,6 @@ func (m *making) delete() error {
 
 // close lets go of what this process holds of the container.
 func (m *making) close() {
-	if m.gate.Go != nil {
-		m.gate.Close()
-	}
 	if m.rt != nil {
 		m.rt.Close()
 	}

@@ -11,6 +11,7 @@ import (
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
 
+	"github.com/berth-runtime/berth/oci/embedded"
 	"github.com/berth-runtime/berth/oci/embedded/state"
 )
 
@@ -47,17 +48,25 @@ func (a *app) start(ctx context.Context, name string) (err error) {
 		return err
 	}
 	defer rt.Close()
+	if err := release(ctx, d, c); err != nil {
+		// The program does not run, or a poststart hook refused it: in neither case
+		// is it to go on. What is left is a stopped container, as the spec has it.
+		if kerr := r.Signal(unix.SIGKILL); kerr != nil && !errors.Is(kerr, state.ErrNotRunning) {
+			err = errors.Join(err, kerr)
+		}
+		return err
+	}
+	return nil
+}
+
+// release lets the first process through its gate, which is removed then.
+func release(ctx context.Context, d *state.Dir, c *embedded.Container) error {
 	gate, err := d.OpenGate()
 	if err != nil {
 		return err
 	}
 	defer gate.Close()
 	if err := c.Release(ctx, gate); err != nil {
-		// The program does not run, or a poststart hook refused it: in neither case
-		// is it to go on. What is left is a stopped container, as the spec has it.
-		if kerr := r.Signal(unix.SIGKILL); kerr != nil && !errors.Is(kerr, state.ErrNotRunning) {
-			err = errors.Join(err, kerr)
-		}
 		return err
 	}
 	return d.RemoveGate()

@@ -37,7 +37,7 @@ type Record struct {
 	OwnPIDs     bool              `json:"ownPids"` // the container has a PID namespace of its own
 	NoCgroup    bool              `json:"noCgroup,omitempty"`
 	Systemd     bool              `json:"systemd,omitempty"` // its cgroup is a unit of systemd
-	Notify      string            `json:"notify,omitempty"` // socket in the container's directory that its sd_notify messages come to
+	Notify      string            `json:"notify,omitempty"`  // socket in the container's directory that its sd_notify messages come to
 	// Saved.Pid is 0 until the first process exists.
 	Saved embedded.Saved `json:"saved"`
 }
