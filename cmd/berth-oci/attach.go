@@ -22,7 +22,6 @@ type attachment struct {
 	restore *term.State
 	given   []*os.File // the process's ends of pipes, to be closed after its start
 	outputs []output
-	ended   bool
 }
 
 // output is a stream being copied to the caller.
@@ -38,7 +37,10 @@ func attach(subreaper bool) *attachment {
 	if subreaper {
 		_ = unix.Prctl(unix.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) // never fails since Linux 3.4
 	}
-	signal.Notify(a.signals)
+	// Each signal costs a change of thread: the usual ones first, the rest while
+	// the container is made.
+	signal.Notify(a.signals, unix.SIGHUP, unix.SIGINT, unix.SIGQUIT, unix.SIGTERM, unix.SIGUSR1, unix.SIGUSR2)
+	go signal.Notify(a.signals)
 	return a
 }
 
@@ -159,7 +161,6 @@ func (a *attachment) wait(p oci.Process) (int, error) {
 		}
 		break
 	}
-	a.ended = true
 	for _, o := range a.outputs {
 		o.drain()
 	}
@@ -201,9 +202,8 @@ func (a *attachment) forward(p oci.Process) {
 	}
 }
 
-// release gives the caller's terminal and signals back.
+// release gives the caller's terminal back. The signals end with the process.
 func (a *attachment) release() {
-	signal.Stop(a.signals)
 	if a.restore != nil {
 		_ = term.Restore(int(a.host.Fd()), a.restore) // it may have hung up
 	}

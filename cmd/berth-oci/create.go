@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"os"
 	"path/filepath"
 	"strconv"
 	"time"
@@ -146,7 +145,7 @@ func (m *making) make(ctx context.Context) (p oci.Process, err error) {
 			err = errors.Join(err, u.Run())
 		}
 	}()
-	extra, env, err := passedFiles(m.preserveFDs)
+	extra, env, err := m.passedFiles(m.preserveFDs)
 	if err != nil {
 		return p, err
 	}
@@ -328,37 +327,4 @@ func writePid(path string, pid int) error {
 		return fmt.Errorf("--pid-file: %w", err)
 	}
 	return nil
-}
-
-// passedFiles collects the descriptors that the container is to have after
-// stdio: the sockets of systemd's activation protocol, then n more. env names
-// the sockets; the program is pid 1.
-func passedFiles(n int) (files []*os.File, env []string, err error) {
-	listen := 0
-	if pid, err := strconv.Atoi(os.Getenv("LISTEN_PID")); err == nil && pid == os.Getpid() {
-		listen, _ = strconv.Atoi(os.Getenv("LISTEN_FDS")) // 0 if it is no number
-	}
-	if listen > 0 {
-		if files, err = preserved(3, listen); err != nil {
-			return nil, nil, fmt.Errorf("LISTEN_FDS: %w", err)
-		}
-		env = []string{"LISTEN_FDS=" + strconv.Itoa(listen), "LISTEN_PID=1"}
-	}
-	more, err := preserved(3+len(files), n)
-	return append(files, more...), env, err
-}
-
-// preserved collects n descriptors from base on.
-func preserved(base, n int) ([]*os.File, error) {
-	if n < 0 {
-		return nil, fmt.Errorf("--preserve-fds %d: want a number of descriptors", n)
-	}
-	var files []*os.File
-	for fd := base; fd < base+n; fd++ {
-		if _, err := unix.FcntlInt(uintptr(fd), unix.F_GETFD, 0); err != nil {
-			return nil, fmt.Errorf("unable to stat preserved-fd %d (of %d): descriptor %d is not open", fd-base, n, fd)
-		}
-		files = append(files, os.NewFile(uintptr(fd), "fd "+strconv.Itoa(fd)))
-	}
-	return files, nil
 }

@@ -110,7 +110,7 @@ func (a *app) exec(ctx context.Context, name string, args []string, x *further) 
 			return fmt.Errorf("--pid-file: %w", err)
 		}
 	}
-	extra, err := preserved(3, x.preserveFDs)
+	extra, err := a.preserved(firstFile, x.preserveFDs)
 	if err != nil {
 		return err
 	}

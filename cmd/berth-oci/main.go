@@ -44,8 +44,8 @@ func main() {
 	debug.SetMemoryLimit(heapLimit)
 	// Descriptors that the caller left open reach a container only where they are
 	// passed on (--preserve-fds, LISTEN_FDS), and no hook at all.
-	_ = unix.CloseRange(3, ^uint(0), unix.CLOSE_RANGE_CLOEXEC) // before Linux 5.11 the start script does it
-	a := &app{}
+	a := &app{given: givenFiles()}
+	_ = unix.CloseRange(firstFile, ^uint(0), unix.CLOSE_RANGE_CLOEXEC) // before Linux 5.11 the start script does it
 	err := a.command().Execute()
 	var exit exitStatus
 	var f *failure
@@ -63,6 +63,7 @@ func main() {
 
 // app is what the global flags say.
 type app struct {
+	given     int // descriptors after stdio that the caller left open for us
 	debug     bool
 	logFile   string
 	logFormat string
