@@ -1,7 +1,6 @@
 package kernel
 
 import (
-	"errors"
 	"fmt"
 	"os"
 	"strings"
@@ -24,15 +23,8 @@ func NewFS(fstype string, opts []FSOption, attrs int) (*os.File, error) {
 		return nil, fmt.Errorf("fsopen %s: %w", fstype, err)
 	}
 	defer unix.Close(fd)
-	for _, o := range opts {
-		if o.Flag {
-			err = unix.FsconfigSetFlag(fd, o.Key)
-		} else {
-			err = unix.FsconfigSetString(fd, o.Key, o.Value)
-		}
-		if err != nil {
-			return nil, fmt.Errorf("%s option %s=%q: %w%s", fstype, o.Key, o.Value, err, fsLog(fd))
-		}
+	if err := setOptions(fd, opts); err != nil {
+		return nil, fmt.Errorf("%s %w", fstype, err)
 	}
 	if err := unix.FsconfigCreate(fd); err != nil {
 		return nil, fmt.Errorf("new %s: %w%s", fstype, err, fsLog(fd))
@@ -98,6 +90,7 @@ func Attach(m, at *os.File) error {
 const (
 	EmptyDir  = "d"
 	EmptyNull = "null"
+	EmptyProc = "p" // a mount point
 )
 
 // NewEmptyMountNS makes a mount namespace whose only mount is a read-only tmpfs
@@ -133,18 +126,12 @@ func NewEmptyMountNS() (*os.File, error) {
 // mount namespace by a small tmpfs. /proc serves as the place to put it first,
 // since it exists wherever Berth can run.
 func enterEmptyRoot() error {
-	t, err := NewFS("tmpfs", []FSOption{{Key: "mode", Value: "555"}, {Key: "size", Value: "16384"}}, unix.MOUNT_ATTR_NOSUID|unix.MOUNT_ATTR_NOEXEC)
+	t, err := NewEmptyFS()
 	if err != nil {
 		return err
 	}
 	defer t.Close()
 	fd := int(t.Fd())
-	if err := unix.Mkdirat(fd, EmptyDir, 0o555); err != nil {
-		return fmt.Errorf("mkdir: %w", err)
-	}
-	if err := unix.Mknodat(fd, EmptyNull, unix.S_IFCHR|0o666, int(unix.Mkdev(1, 3))); err != nil {
-		return fmt.Errorf("mknod null: %w", err)
-	}
 	if err := unix.MoveMount(fd, "", unix.AT_FDCWD, "/proc", unix.MOVE_MOUNT_F_EMPTY_PATH); err != nil {
 		return fmt.Errorf("move_mount: %w", err)
 	}
@@ -157,14 +144,63 @@ func enterEmptyRoot() error {
 	if err := unix.Unmount(".", unix.MNT_DETACH); err != nil {
 		return fmt.Errorf("unmount host tree: %w", err)
 	}
+	return nil
+}
+
+// NewEmptyFS makes the detached read-only tmpfs of an empty mount namespace.
+func NewEmptyFS() (_ *os.File, err error) {
+	t, err := NewFS("tmpfs", []FSOption{{Key: "mode", Value: "555"}, {Key: "size", Value: "16384"}}, unix.MOUNT_ATTR_NOSUID|unix.MOUNT_ATTR_NOEXEC)
+	if err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err != nil {
+			t.Close()
+		}
+	}()
+	fd := int(t.Fd())
+	for _, d := range []string{EmptyDir, EmptyProc} {
+		if err := unix.Mkdirat(fd, d, 0o555); err != nil {
+			return nil, fmt.Errorf("mkdir: %w", err)
+		}
+	}
+	if err := unix.Mknodat(fd, EmptyNull, unix.S_IFCHR|0o666, int(unix.Mkdev(1, 3))); err != nil {
+		return nil, fmt.Errorf("mknod null: %w", err)
+	}
 	// The superblock too is made read-only: containers share it.
-	ctx, err := unix.Fspick(fd, "", unix.FSPICK_EMPTY_PATH|unix.FSPICK_CLOEXEC)
+	if err := Reconfigure(t, []FSOption{{Key: "ro", Flag: true}}); err != nil {
+		return nil, fmt.Errorf("make the empty tmpfs read-only: %w", err)
+	}
+	return t, SetMountAttr(t, false, &unix.MountAttr{Attr_set: unix.MOUNT_ATTR_RDONLY})
+}
+
+// Reconfigure changes options of the filesystem whose mount m is.
+func Reconfigure(m *os.File, opts []FSOption) error {
+	fd, err := unix.Fspick(int(m.Fd()), "", unix.FSPICK_EMPTY_PATH|unix.FSPICK_CLOEXEC)
 	if err != nil {
 		return fmt.Errorf("fspick: %w", err)
 	}
-	defer unix.Close(ctx)
-	if err := errors.Join(unix.FsconfigSetFlag(ctx, "ro"), unix.FsconfigReconfigure(ctx)); err != nil {
-		return fmt.Errorf("make the empty tmpfs read-only: %w", err)
+	defer unix.Close(fd)
+	if err := setOptions(fd, opts); err != nil {
+		return err
 	}
-	return SetMountAttr(t, false, &unix.MountAttr{Attr_set: unix.MOUNT_ATTR_RDONLY})
+	if err := unix.FsconfigReconfigure(fd); err != nil {
+		return fmt.Errorf("reconfigure: %w%s", err, fsLog(fd))
+	}
+	return nil
+}
+
+// setOptions sets options of a filesystem context.
+func setOptions(fd int, opts []FSOption) (err error) {
+	for _, o := range opts {
+		if o.Flag {
+			err = unix.FsconfigSetFlag(fd, o.Key)
+		} else {
+			err = unix.FsconfigSetString(fd, o.Key, o.Value)
+		}
+		if err != nil {
+			return fmt.Errorf("option %s=%q: %w%s", o.Key, o.Value, err, fsLog(fd))
+		}
+	}
+	return nil
 }

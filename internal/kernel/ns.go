@@ -24,11 +24,13 @@ const (
 	MountNS  Namespace = "mnt"
 	UserNS   Namespace = "user"
 	CgroupNS Namespace = "cgroup"
+	TimeNS   Namespace = "time"
 )
 
 var cloneFlags = map[Namespace]int{
 	NetNS: unix.CLONE_NEWNET, IPCNS: unix.CLONE_NEWIPC, UTSNS: unix.CLONE_NEWUTS, PIDNS: unix.CLONE_NEWPID,
 	MountNS: unix.CLONE_NEWNS, UserNS: unix.CLONE_NEWUSER, CgroupNS: unix.CLONE_NEWCGROUP,
+	TimeNS: unix.CLONE_NEWTIME,
 }
 
 // CloneFlag returns the CLONE_NEW* flag of n.
@@ -106,4 +108,26 @@ func OnThread(f func() error) error {
 		err = f()
 	}()
 	return <-done
+}
+
+// SetFSIDs makes the calling thread reach files as the given user and group,
+// which new files belong to. Unlike a change by the kernel alone, it keeps the
+// capabilities that override permissions. The thread must be one of OnThread.
+func SetFSIDs(uid, gid uint32) error {
+	// Neither call tells an error; both return the former id.
+	_, _, _ = unix.RawSyscall(unix.SYS_SETFSGID, uintptr(gid), 0, 0)
+	_, _, _ = unix.RawSyscall(unix.SYS_SETFSUID, uintptr(uid), 0, 0)
+	if now, _, _ := unix.RawSyscall(unix.SYS_SETFSUID, ^uintptr(0), 0, 0); uint32(now) != uid {
+		return fmt.Errorf("setfsuid %d: %w", uid, unix.EPERM)
+	}
+	head := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
+	var data [2]unix.CapUserData
+	if err := unix.Capget(&head, &data[0]); err != nil {
+		return fmt.Errorf("capget: %w", err)
+	}
+	data[0].Effective, data[1].Effective = data[0].Permitted, data[1].Permitted
+	if err := unix.Capset(&head, &data[0]); err != nil {
+		return fmt.Errorf("capset: %w", err)
+	}
+	return nil
 }

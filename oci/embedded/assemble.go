@@ -37,8 +37,14 @@ type procMount struct {
 	mount
 	at       *os.File // its mount point
 	readonly []string // relative paths
-	masked   []string
+	masked   []procMask
 	binds    []procBind
+}
+
+type procMask struct {
+	rel   string
+	isDir bool
+	file  *os.File // a mask of its own, detached; nil: one of the common sources
 }
 
 type procBind struct {
@@ -50,6 +56,7 @@ type procBind struct {
 type assembly struct {
 	*Container
 	req     oci.CreateRequest
+	found   nsFiles
 	rootfs  *os.File
 	mounts  []prepared
 	root    *os.File // the container's root, attached
@@ -65,6 +72,10 @@ func (c *Container) assemble(req oci.CreateRequest, root *rootAside) error {
 		}
 	}()
 	withRoot := hasRoot(req)
+	defer func() { a.found.close() }()
+	if err := a.openNamespaces(); err != nil {
+		return err
+	}
 	if withRoot {
 		if err := a.prepare(root); err != nil {
 			return err
@@ -82,13 +93,36 @@ func (c *Container) assemble(req oci.CreateRequest, root *rootAside) error {
 		if err := a.writeSysctls(); err != nil {
 			return err
 		}
-		if !withRoot {
+		switch {
+		case !withRoot:
 			var err error
 			c.mountNS, err = dup(c.rt.empty)
+			return err
+		case !c.plan.ownMounts():
+			return a.shareMounts()
+		}
+		if err := a.beRoot(); err != nil {
+			return err
+		}
+		if err := a.newFilesystems(); err != nil {
 			return err
 		}
 		return a.buildRoot()
 	})
+}
+
+// beRoot makes files that the thread makes from now on belong to the container's
+// root. The thread keeps its capabilities.
+func (a *assembly) beRoot() error {
+	uid, ok1 := a.plan.maps.uid(0)
+	gid, ok2 := a.plan.maps.gid(0)
+	if !ok1 || !ok2 || uid == 0 && gid == 0 {
+		return nil
+	}
+	if err := kernel.SetFSIDs(uid, gid); err != nil {
+		return fmt.Errorf("files of the container's root: %w", err)
+	}
+	return nil
 }
 
 func dup(f *os.File) (*os.File, error) {
@@ -112,6 +146,9 @@ func (a *assembly) prepare(root *rootAside) error {
 		return err
 	}
 	a.rootfs = a.use(f)
+	if !a.plan.ownMounts() {
+		return nil
+	}
 	for _, m := range a.plan.mounts {
 		p := prepared{mount: m, isDir: true}
 		switch m.fstype {
@@ -166,7 +203,28 @@ func (a *assembly) useBind(p *prepared, t *os.File) error {
 		return fmt.Errorf("source %q: %w", p.source, err)
 	}
 	p.isDir = st.Mode&unix.S_IFMT == unix.S_IFDIR
-	return p.setAttrs(t)
+	if err := p.setAttrs(t); err != nil {
+		return err
+	}
+	if !p.idmap {
+		return nil
+	}
+	maps := p.maps
+	if maps.empty() {
+		if maps = a.plan.maps; maps.empty() {
+			return invalid("%s: idmap without mappings, and the container has no user namespace", p.field)
+		}
+	}
+	user, err := a.rt.userNSFor(maps)
+	if err != nil {
+		return fmt.Errorf("%s: idmap: %w", p.field, err)
+	}
+	defer user.Close()
+	attr := &unix.MountAttr{Attr_set: unix.MOUNT_ATTR_IDMAP, Userns_fd: uint64(user.Fd())}
+	if err := kernel.SetMountAttr(t, p.ridmap, attr); err != nil {
+		return fmt.Errorf("%s: idmap: the filesystem of the source may not support it: %w", p.field, err)
+	}
+	return nil
 }
 
 // openCgroups makes the tree of a cgroup mount: one bind on cgroup v2, a tmpfs
@@ -214,147 +272,83 @@ func (a *assembly) openCgroups(p *prepared) error {
 	return nil
 }
 
-// enterNamespaces moves the thread into the container's net, ipc and uts
-// namespaces and keeps them open for Start and Exec.
-func (a *assembly) enterNamespaces() error {
-	for _, k := range []struct {
-		spec specs.LinuxNamespaceType
-		name kernel.Namespace
-	}{{specs.NetworkNamespace, kernel.NetNS}, {specs.IPCNamespace, kernel.IPCNS}, {specs.UTSNamespace, kernel.UTSNS}} {
-		f, err := a.enter(k.spec, k.name)
-		if err != nil {
-			return fmt.Errorf("linux.namespaces: %s: %w", k.spec, err)
-		}
-		if f != nil {
-			a.ns = append(a.ns, nsFile{k.name, f})
+// shareMounts opens the root as a directory of a mount namespace that is not
+// the container's own, the runtime's or a joined one: nothing is mounted in it.
+func (a *assembly) shareMounts() error {
+	if f := a.take(specs.MountNamespace); f != nil {
+		a.mountNS = f
+		if err := unix.Setns(int(f.Fd()), unix.CLONE_NEWNS); err != nil {
+			return fmt.Errorf("linux.namespaces: mount: setns: %w", err)
 		}
 	}
-	for _, k := range []struct {
-		spec specs.LinuxNamespaceType
-		to   **os.File
-	}{{specs.PIDNamespace, &a.joinPID}, {specs.CgroupNamespace, &a.joinCgroupNS}} {
-		if a.plan.ns[k.spec].mode == nsJoin {
-			f, err := a.openNS(k.spec)
-			if err != nil {
-				return fmt.Errorf("linux.namespaces: %s: %w", k.spec, err)
-			}
-			*k.to = f
-		}
+	path := a.plan.spec.Root.Path
+	fd, err := unix.Open(path, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return invalid("root.path %q: %w", path, err)
 	}
-	if h := a.plan.spec.Hostname; h != "" {
-		if err := unix.Sethostname([]byte(h)); err != nil {
-			return fmt.Errorf("hostname %q: %w", h, err)
+	a.rootDir = os.NewFile(uintptr(fd), path)
+	a.root = a.rootDir
+	return a.makeCwd()
+}
+
+// newFilesystems makes the filesystems of the spec's mounts inside the
+// namespaces, and before the mount namespace: one that belongs to a user namespace
+// does not let just any procfs or sysfs be made.
+func (a *assembly) newFilesystems() error {
+	for i := range a.mounts {
+		p := &a.mounts[i]
+		switch p.fstype {
+		case "bind", "cgroup", "cgroup2", "proc":
+			continue
 		}
-	}
-	if d := a.plan.spec.Domainname; d != "" {
-		if err := unix.Setdomainname([]byte(d)); err != nil {
-			return fmt.Errorf("domainname %q: %w", d, err)
+		if p.remount {
+			continue
+		}
+		if err := a.newFS(p); err != nil {
+			return fmt.Errorf("mount %q: %w", p.dest, err)
 		}
 	}
 	return nil
 }
 
-func (a *assembly) openNS(t specs.LinuxNamespaceType) (*os.File, error) {
-	if f := a.req.Namespaces[t]; f != nil {
-		return dup(f)
-	}
-	return os.Open(a.plan.ns[t].path)
-}
-
-func (a *assembly) enter(t specs.LinuxNamespaceType, name kernel.Namespace) (*os.File, error) {
-	switch a.plan.ns[t].mode {
-	case nsJoin:
-		f, err := a.openNS(t)
-		if err != nil {
-			return nil, err
-		}
-		if err := unix.Setns(int(f.Fd()), name.CloneFlag()); err != nil {
-			f.Close()
-			return nil, fmt.Errorf("setns: %w", err)
-		}
-		return f, nil
-	case nsNew:
-		if err := unix.Unshare(name.CloneFlag()); err != nil {
-			return nil, fmt.Errorf("unshare: %w", err)
-		}
-		if name == kernel.NetNS {
-			if err := loopbackUp(); err != nil {
-				return nil, fmt.Errorf("loopback: %w", err)
-			}
-		}
-		return a.rt.openProc("thread-self/ns/"+string(name), unix.O_RDONLY)
-	}
-	return nil, nil
-}
-
-func loopbackUp() error {
-	s, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
-	if err != nil {
-		return err
-	}
-	defer unix.Close(s)
-	lo, err := unix.NewIfreq("lo")
-	if err != nil {
-		return err
-	}
-	lo.SetUint16(unix.IFF_UP)
-	return unix.IoctlIfreq(s, unix.SIOCSIFFLAGS, lo)
-}
-
-// openProc opens a file of the private procfs. Magic links of the calling
-// thread's own directory are the only links followed.
-func (r *Runtime) openProc(path string, flags int) (*os.File, error) {
-	fd, err := unix.Openat(int(r.proc.Fd()), path, flags|unix.O_CLOEXEC, 0)
-	if err != nil {
-		return nil, fmt.Errorf("proc %s: %w", path, err)
-	}
-	return os.NewFile(uintptr(fd), path), nil
-}
-
-func (a *assembly) writeSysctls() error {
-	for _, s := range a.plan.sysctls {
-		fd, err := unix.Openat2(int(a.rt.proc.Fd()), "sys/"+s.path, &unix.OpenHow{
-			Flags:   unix.O_WRONLY | unix.O_CLOEXEC,
-			Resolve: unix.RESOLVE_BENEATH | unix.RESOLVE_NO_SYMLINKS | unix.RESOLVE_NO_XDEV,
-		})
-		if err == nil {
-			_, err = unix.Write(fd, []byte(s.value))
-			unix.Close(fd)
-		}
-		if err != nil {
-			return invalid("linux.sysctl %q = %q: %w", s.key, s.value, err)
-		}
-	}
-	return nil
-}
-
-// buildRoot makes the mount namespace: the thread enters a copy of the empty
-// one, puts the root over "/" and attaches every mount in the spec's order.
+// buildRoot makes the mount namespace and attaches every mount in the spec's
+// order.
 func (a *assembly) buildRoot() error {
-	if err := unix.Setns(int(a.rt.empty.Fd()), unix.CLONE_NEWNS); err != nil {
-		return fmt.Errorf("enter the empty mount namespace: %w", err)
+	hidden, err := a.enterBase()
+	if err != nil {
+		return err
 	}
-	if err := unix.Unshare(unix.CLONE_NEWNS); err != nil {
-		return fmt.Errorf("new mount namespace: %w", err)
-	}
-	var err error
+	defer hidden.Close()
 	for _, x := range []struct {
 		to   **os.File
 		name string
-	}{{&a.maskDir, "/" + kernel.EmptyDir}, {&a.maskNull, "/" + kernel.EmptyNull}} {
-		if *x.to, err = os.OpenFile(x.name, unix.O_PATH, 0); err != nil {
+	}{{&a.maskDir, kernel.EmptyDir}, {&a.maskNull, kernel.EmptyNull}} {
+		fd, err := unix.Openat(int(hidden.Fd()), x.name, unix.O_PATH|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
+		if err != nil {
+			return fmt.Errorf("%s: %w", x.name, err)
+		}
+		*x.to = os.NewFile(uintptr(fd), x.name)
+	}
+	if a.userNS != nil {
+		if err := a.placeWitness(hidden); err != nil {
 			return err
 		}
 	}
-	if err := unix.MoveMount(int(a.rootfs.Fd()), "", unix.AT_FDCWD, "/", unix.MOVE_MOUNT_F_EMPTY_PATH); err != nil {
-		return fmt.Errorf("rootfs: move_mount: %w", err)
-	}
-	a.root = a.rootfs
-	if err := unix.Fchdir(int(a.root.Fd())); err != nil {
+	if err := kernel.Attach(a.rootfs, hidden); err != nil {
 		return fmt.Errorf("rootfs: %w", err)
 	}
-	if err := unix.Chroot("."); err != nil {
-		return fmt.Errorf("rootfs: chroot: %w", err)
+	a.root = a.rootfs
+	if a.plan.hostTree() {
+		if a.rootDir, err = dup(a.root); err != nil {
+			return err
+		}
+	} else {
+		if err := unix.Fchdir(int(a.root.Fd())); err != nil {
+			return fmt.Errorf("rootfs: %w", err)
+		}
+		if err := unix.Chroot("."); err != nil {
+			return fmt.Errorf("rootfs: chroot: %w", err)
+		}
 	}
 	if a.mountNS, err = a.rt.openProc("thread-self/ns/mnt", unix.O_RDONLY); err != nil {
 		return err
@@ -371,6 +365,70 @@ func (a *assembly) buildRoot() error {
 		return err
 	}
 	return a.protect()
+}
+
+// enterBase moves the thread to a new mount namespace and returns the directory
+// in it that the container's root is to lie upon, with the sources of masks. The
+// namespace is a copy of the empty one; for hooks that look for the host's files
+// it is a copy of the host's, with a small filesystem like the empty one's over
+// root.path.
+func (a *assembly) enterBase() (*os.File, error) {
+	if !a.plan.hostTree() {
+		if err := unix.Setns(int(a.rt.empty.Fd()), unix.CLONE_NEWNS); err != nil {
+			return nil, fmt.Errorf("enter the empty mount namespace: %w", err)
+		}
+		if err := unix.Unshare(unix.CLONE_NEWNS); err != nil {
+			return nil, fmt.Errorf("new mount namespace: %w", err)
+		}
+		return os.OpenFile("/", unix.O_PATH|unix.O_DIRECTORY, 0)
+	}
+	if err := unix.Unshare(unix.CLONE_NEWNS); err != nil {
+		return nil, fmt.Errorf("new mount namespace: %w", err)
+	}
+	// Nothing of the container may reach the host, and what the host unmounts goes.
+	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_SLAVE, ""); err != nil {
+		return nil, fmt.Errorf("mount propagation: %w", err)
+	}
+	path := a.plan.spec.Root.Path
+	at, err := os.OpenFile(path, unix.O_PATH|unix.O_DIRECTORY, 0)
+	if err != nil {
+		return nil, invalid("root.path %q: %w", path, err)
+	}
+	defer at.Close()
+	hidden, err := kernel.NewEmptyFS()
+	if err != nil {
+		return nil, err
+	}
+	if err := kernel.Attach(hidden, at); err != nil {
+		hidden.Close()
+		return nil, err
+	}
+	return hidden, nil
+}
+
+// placeWitness mounts a procfs where nobody will see it, below the root that is
+// still to come. In a user namespace the kernel lets the container's own procfs
+// be mounted only beside one that hides nothing. This one shows next to nothing:
+// no files but processes, and of these only the reader's own.
+func (a *assembly) placeWitness(hidden *os.File) error {
+	atime := uint64(0)
+	for _, m := range a.mounts {
+		if m.fstype == "proc" {
+			atime = (m.attr.Attr_set | m.rattr.Attr_set) & unix.MOUNT_ATTR__ATIME // must be the same
+		}
+	}
+	attrs := unix.MOUNT_ATTR_NOSUID | unix.MOUNT_ATTR_NODEV | unix.MOUNT_ATTR_NOEXEC | int(atime)
+	w, err := kernel.NewFS("proc", []kernel.FSOption{{Key: "subset", Value: "pid"}, {Key: "hidepid", Value: "ptraceable"}}, attrs)
+	if err != nil {
+		return fmt.Errorf("procfs below the root: %w", err)
+	}
+	defer w.Close()
+	at, err := kernel.OpenInRoot(hidden, kernel.EmptyProc, unix.O_PATH|unix.O_DIRECTORY|unix.O_NOFOLLOW, 0)
+	if err != nil {
+		return err
+	}
+	defer at.Close()
+	return kernel.Attach(w, at)
 }
 
 // attach makes what is to be made inside the namespaces and puts it in place.
@@ -401,11 +459,14 @@ func (a *assembly) attach(p *prepared) error {
 		}
 		a.procs = append(a.procs, procMount{mount: p.mount, at: keep})
 		return nil
-	case "bind", "cgroup", "cgroup2":
-	default:
-		if err := a.newFS(p); err != nil {
-			return err
+	}
+	if p.copyUp {
+		if err := copyUp(at, p.file); err != nil {
+			return fmt.Errorf("tmpcopyup: %w", err)
 		}
+	}
+	if p.remount {
+		return p.remountAt(at)
 	}
 	if err := kernel.Attach(p.file, at); err != nil {
 		return err
@@ -447,35 +508,36 @@ func (a *assembly) mountPoint(p *prepared) (*os.File, error) {
 	if !strict {
 		return kernel.MakeInRoot(a.root, p.dest, p.isDir)
 	}
-	how := &unix.OpenHow{
-		Flags:   unix.O_PATH | unix.O_CLOEXEC | unix.O_DIRECTORY | unix.O_NOFOLLOW,
-		Resolve: unix.RESOLVE_IN_ROOT | unix.RESOLVE_NO_SYMLINKS,
-	}
-	fd, err := unix.Openat2(int(a.root.Fd()), p.dest, how)
-	if err == unix.ENOENT {
+	at, err := openRealDir(a.root, p.dest)
+	if errors.Is(err, unix.ENOENT) {
 		f, err := kernel.MakeInRoot(a.root, p.dest, true)
 		if err != nil {
 			return nil, err
 		}
 		f.Close()
-		fd, err = unix.Openat2(int(a.root.Fd()), p.dest, how)
-		if err != nil {
-			return nil, fmt.Errorf("mount point: %w", err)
-		}
-		return os.NewFile(uintptr(fd), p.dest), nil
+		return openRealDir(a.root, p.dest)
 	}
-	if err == unix.ELOOP || err == unix.ENOTDIR {
+	if errors.Is(err, unix.ELOOP) || errors.Is(err, unix.ENOTDIR) {
 		return nil, invalid("%s.destination: the image has no real directory there: %w", p.field, err)
 	}
+	return at, err
+}
+
+// openRealDir opens a directory below root through no link at all.
+func openRealDir(root *os.File, name string) (*os.File, error) {
+	fd, err := unix.Openat2(int(root.Fd()), name, realDir)
 	if err != nil {
 		return nil, fmt.Errorf("mount point: %w", err)
 	}
-	return os.NewFile(uintptr(fd), p.dest), nil
+	return os.NewFile(uintptr(fd), name), nil
 }
 
 // newFS makes the filesystem of a spec's mount inside the namespaces.
 func (a *assembly) newFS(p *prepared) error {
-	opts := p.opts
+	opts, err := p.hostIDs(a.plan.maps)
+	if err != nil {
+		return err
+	}
 	if p.source != "" && p.source != p.fstype && p.source != "none" {
 		opts = append([]kernel.FSOption{{Key: "source", Value: p.source}}, opts...)
 	}
@@ -488,11 +550,20 @@ func (a *assembly) newFS(p *prepared) error {
 	if p.fstype == "devpts" && !slices.ContainsFunc(opts, func(o kernel.FSOption) bool { return o.Key == "newinstance" }) {
 		opts = append(opts, kernel.FSOption{Key: "newinstance", Flag: true})
 	}
-	f, err := kernel.NewFS(p.fstype, opts, int(set))
+	if l := a.plan.spec.Linux.MountLabel; l != "" && labelled(p.fstype) {
+		opts = append(opts, kernel.FSOption{Key: "context", Value: l})
+	}
+	f, err := newMount(p.fstype, opts, int(set))
 	if err != nil {
 		return err
 	}
 	p.file = a.use(f)
+	if uid, ok := a.plan.maps.uid(0); p.fstype == "devpts" && ok && uid != 0 {
+		// devpts gives ptmx to the root of the user namespace that it is made in.
+		if err := unix.Fchownat(int(f.Fd()), "ptmx", int(uid), -1, unix.AT_SYMLINK_NOFOLLOW); err != nil {
+			return fmt.Errorf("ptmx: %w", err)
+		}
+	}
 	if p.rattr.Propagation != unix.MS_PRIVATE {
 		if err := kernel.SetMountAttr(f, false, &unix.MountAttr{Propagation: p.rattr.Propagation}); err != nil {
 			return err
@@ -503,6 +574,16 @@ func (a *assembly) newFS(p *prepared) error {
 		return a.fillDev(f)
 	}
 	return nil
+}
+
+// labelled tells the filesystems that take an SELinux label for all their files.
+// procfs, sysfs and the cgroups are labelled by policy.
+func labelled(fstype string) bool {
+	switch fstype {
+	case "tmpfs", "devpts", "mqueue", "ramfs":
+		return true
+	}
+	return false
 }
 
 // makeCwd makes the working directory if it is missing. One below procfs can
@@ -524,99 +605,3 @@ func (a *assembly) makeCwd() error {
 	return f.Close()
 }
 
-// protect makes paths read-only or masks them, and the root itself last.
-func (a *assembly) protect() error {
-	for _, p := range a.plan.spec.Linux.ReadonlyPaths {
-		if !a.protectInProc(path.Clean(p), false) {
-			if err := a.readonly(p); err != nil {
-				return fmt.Errorf("linux.readonlyPaths %q: %w", p, err)
-			}
-		}
-	}
-	for _, p := range a.plan.spec.Linux.MaskedPaths {
-		if !a.protectInProc(path.Clean(p), true) {
-			if err := a.mask(p); err != nil {
-				return fmt.Errorf("linux.maskedPaths %q: %w", p, err)
-			}
-		}
-	}
-	var attr unix.MountAttr
-	if r := a.plan.spec.Root; r != nil && r.Readonly {
-		attr.Attr_set = unix.MOUNT_ATTR_RDONLY
-	}
-	attr.Propagation = a.plan.propagate
-	if attr == (unix.MountAttr{}) {
-		return nil
-	}
-	if err := kernel.SetMountAttr(a.root, false, &attr); err != nil {
-		return fmt.Errorf("rootfs: %w", err)
-	}
-	return nil
-}
-
-// protectInProc leaves a path below a procfs to Start.
-func (a *assembly) protectInProc(p string, mask bool) bool {
-	for i := range a.procs {
-		rel, ok := below(a.procs[i].dest, p)
-		if !ok {
-			continue
-		}
-		if mask {
-			a.procs[i].masked = append(a.procs[i].masked, rel)
-		} else {
-			a.procs[i].readonly = append(a.procs[i].readonly, rel)
-		}
-		return true
-	}
-	return false
-}
-
-func (a *assembly) readonly(p string) error {
-	at, err := kernel.OpenInRoot(a.root, p, unix.O_PATH, 0)
-	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENOTDIR) {
-		return nil
-	}
-	if err != nil {
-		return err
-	}
-	defer at.Close()
-	t, err := kernel.CloneTree(int(at.Fd()), "", true)
-	if err != nil {
-		return err
-	}
-	defer t.Close()
-	if err := kernel.SetMountAttr(t, true, &unix.MountAttr{Attr_set: unix.MOUNT_ATTR_RDONLY}); err != nil {
-		return err
-	}
-	return kernel.Attach(t, at)
-}
-
-func (a *assembly) mask(p string) error {
-	at, err := kernel.OpenInRoot(a.root, p, unix.O_PATH, 0)
-	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENOTDIR) {
-		return nil
-	}
-	if err != nil {
-		return err
-	}
-	defer at.Close()
-	var st unix.Stat_t
-	if err := unix.Fstat(int(at.Fd()), &st); err != nil {
-		return err
-	}
-	src, attr := a.maskNull, unix.MountAttr{}
-	if st.Mode&unix.S_IFMT == unix.S_IFDIR {
-		src, attr.Attr_set = a.maskDir, unix.MOUNT_ATTR_NODEV
-	}
-	t, err := kernel.CloneTree(int(src.Fd()), "", false)
-	if err != nil {
-		return err
-	}
-	defer t.Close()
-	if attr.Attr_set != 0 {
-		if err := kernel.SetMountAttr(t, false, &attr); err != nil {
-			return err
-		}
-	}
-	return kernel.Attach(t, at)
-}

@@ -6,6 +6,7 @@ import (
 	"os"
 	"strconv"
 	"strings"
+	"sync"
 
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
@@ -125,3 +126,15 @@ func (c capSets) capData(extra uint64) []byte {
 	}
 	return bytesOf(&d)
 }
+
+// kernelCaps are all capabilities of the running kernel, which may know more than
+// Berth does: a new user namespace has them all.
+var kernelCaps = sync.OnceValue(func() uint64 {
+	b, err := os.ReadFile("/proc/sys/kernel/cap_last_cap")
+	if err == nil {
+		if n, err := strconv.Atoi(strings.TrimSpace(string(b))); err == nil && n < 63 {
+			return 1<<(n+1) - 1
+		}
+	}
+	return 1<<(lastCap+1) - 1
+})

@@ -1,8 +1,8 @@
 #include "textflag.h"
 
 // The text of the start program: it runs the script at 0x10000000 and reports
-// the first failure as a record at 0x20000000 written to fd 3. See script.go
-// for the form of an op. Registers only: R12 op, R13 record. It is never run in
+// the first failure as a record at 0x20000000 written to the status pipe, whose
+// number the record holds. See script.go for the form of an op. Registers only: R12 op, R13 record. It is never run in
 // this process; the bytes up to the end mark are copied into an ELF file.
 TEXT ·interp(SB), NOSPLIT|NOFRAME, $0-0
 	MOVQ $0x10000000, R12
@@ -52,7 +52,21 @@ r3:
 	MOVQ (R10), R10
 
 r4:
+	CMPQ AX, $-1
+	JNE  sys
+
+	// A test: 0 if DI&SI == DX, else -R10.
+	ANDQ SI, DI
+	XORL AX, AX
+	CMPQ DI, DX
+	JEQ  done
+	SUBQ R10, AX
+	JMP  done
+
+sys:
 	SYSCALL
+
+done:
 	MOVQ 64(R12), CX
 	TESTQ CX, CX
 	JZ   noret
@@ -83,7 +97,7 @@ report:
 	MOVQ R12, 0(R13)
 	MOVQ AX, 8(R13)
 	MOVQ $1, AX // write
-	MOVQ $3, DI
+	MOVQ 440(R13), DI
 	MOVQ R13, SI
 	MOVQ $512, DX
 	SYSCALL

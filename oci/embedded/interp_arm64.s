@@ -43,7 +43,21 @@ r3:
 	MOVD (R3), R3
 
 r4:
+	CMN  $1, R8
+	BNE  sys
+
+	// A test: 0 if R0&R1 == R2, else -R3.
+	AND  R1, R0, R9
+	MOVD $0, R0
+	CMP  R2, R9
+	BEQ  done
+	SUB  R3, R0
+	B    done
+
+sys:
 	SVC
+
+done:
 	MOVD 64(R20), R9
 	CBZ  R9, noret
 	MOVD R0, (R9)
@@ -74,7 +88,7 @@ report:
 	MOVD R20, 0(R21)
 	MOVD R0, 8(R21)
 	MOVD $64, R8 // write
-	MOVD $3, R0
+	MOVD 440(R21), R0
 	MOVD R21, R1
 	MOVD $512, R2
 	SVC

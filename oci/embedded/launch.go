@@ -1,6 +1,7 @@
 package embedded
 
 import (
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
@@ -29,22 +30,46 @@ type scriptError struct {
 func (e *scriptError) Error() string { return e.name + ": " + e.errno.Error() }
 func (e *scriptError) Unwrap() error { return e.errno }
 
+// child is a process that runs a script.
+type child struct {
+	oci.Process
+	s      *script
+	status *os.File
+}
+
+// message is what a child tells on its status pipe.
+type message struct {
+	kind  int // msgHold, msgFilter; 0: the script is done
+	value int
+}
+
 // run starts a process with the script and returns when the script is done:
 // the user's program runs, or an error is reported and the process is reaped.
 func (r *Runtime) run(s *script, l launch) (oci.Process, error) {
+	c, err := r.spawn(s, l)
+	if err != nil {
+		return oci.Process{}, err
+	}
+	return c.finish()
+}
+
+// spawn starts a process with the script. The caller follows it with next.
+func (r *Runtime) spawn(s *script, l launch) (*child, error) {
 	s.do("end of start program", unix.SYS_EXIT_GROUP, 126)
 	prog, err := programFile(s.image())
 	if err != nil {
-		return oci.Process{}, err
+		return nil, err
 	}
 	defer prog.Close()
 	status, statusW, err := os.Pipe()
 	if err != nil {
-		return oci.Process{}, fmt.Errorf("status pipe: %w", err)
+		return nil, fmt.Errorf("status pipe: %w", err)
 	}
-	defer status.Close()
-	fds := make([]uintptr, 0, firstFD+len(s.files))
+	fds := make([]uintptr, 0, int(s.program())+1+len(s.files))
 	for _, f := range l.stdio {
+		fds = append(fds, f.Fd())
+	}
+	for _, f := range s.extra {
 		fds = append(fds, f.Fd())
 	}
 	fds = append(fds, statusW.Fd(), prog.Fd())
@@ -56,25 +81,78 @@ func (r *Runtime) run(s *script, l launch) (oci.Process, error) {
 	if l.cgroup != nil {
 		attr.Sys.UseCgroupFD, attr.Sys.CgroupFD = true, int(l.cgroup.Fd())
 	}
-	pid, err := r.fork(attr, l.pidNS)
+	pid, err := r.fork(fmt.Sprintf("/proc/self/fd/%d", s.program()), attr, l.pidNS)
 	runtime.KeepAlive(s)
 	runtime.KeepAlive(l)
 	statusW.Close()
 	if err != nil {
-		return oci.Process{}, err
+		status.Close()
+		return nil, err
 	}
-	p := oci.Process{Pid: pid, PidFD: os.NewFile(uintptr(pidfd), "pidfd")}
-	b, err := io.ReadAll(io.LimitReader(status, recordSize))
-	if err == nil && len(b) == 0 {
-		return p, nil
-	}
-	if err == nil {
-		var rec record
-		if rec, err = s.parse(b); err == nil {
-			err = &scriptError{rec}
+	return &child{Process: oci.Process{Pid: pid, PidFD: os.NewFile(uintptr(pidfd), "pidfd")}, s: s, status: status}, nil
+}
+
+// next waits for the child's next message. After an error the child is killed
+// and reaped.
+func (c *child) next() (message, error) {
+	var b [recordSize]byte
+	for {
+		n, err := io.ReadFull(c.status, b[:msgSize])
+		if err == io.EOF {
+			c.status.Close()
+			return message{}, nil
+		}
+		kind, value := binary.LittleEndian.Uint64(b[:]), int(binary.LittleEndian.Uint64(b[8:]))
+		switch {
+		case err != nil:
+			return message{}, c.fail(fmt.Errorf("start program: status of %d bytes: %w", n, err))
+		case kind == msgPid:
+			if err := c.become(value); err != nil {
+				return message{}, c.fail(err)
+			}
+		case kind <= maxMessage:
+			return message{int(kind), value}, nil
+		default:
+			_, err := io.ReadFull(c.status, b[msgSize:])
+			var rec record
+			if err == nil {
+				rec, err = parseRecord(b[:], c.s.names, 0)
+			}
+			if err == nil {
+				err = &scriptError{rec}
+			}
+			return message{}, c.fail(err)
 		}
 	}
-	return oci.Process{}, errors.Join(err, abandon(p))
+}
+
+// become follows a script into the process pid that it went on in, a child of
+// ours like its first one, which ends.
+func (c *child) become(pid int) error {
+	fd, err := unix.PidfdOpen(pid, 0)
+	if err != nil {
+		return fmt.Errorf("pidfd of %d: %w", pid, err)
+	}
+	first := c.Process
+	c.Process = oci.Process{Pid: pid, PidFD: os.NewFile(uintptr(fd), "pidfd")}
+	return abandon(first)
+}
+
+// fail ends the child and returns err with what else went wrong.
+func (c *child) fail(err error) error {
+	return errors.Join(err, abandon(c.Process), c.status.Close())
+}
+
+// finish waits for the end of a script that does not wait itself.
+func (c *child) finish() (oci.Process, error) {
+	m, err := c.next()
+	if err != nil {
+		return oci.Process{}, err
+	}
+	if m.kind != 0 {
+		return oci.Process{}, c.fail(fmt.Errorf("start program: message %d at its end", m.kind))
+	}
+	return c.Process, nil
 }
 
 // abandon kills and reaps a process that is not handed to the caller.
@@ -85,20 +163,21 @@ func abandon(p oci.Process) error {
 	}
 	for {
 		_, werr := unix.Wait4(p.Pid, nil, 0, nil)
+		if werr == unix.ECHILD {
+			werr = nil // the caller's own reaper was faster
+		}
 		if werr != unix.EINTR {
 			return errors.Join(err, werr, p.PidFD.Close())
 		}
 	}
 }
 
-// programPath resolves in the child, after its fds are in place.
-const programPath = "/proc/self/fd/4"
-
-// fork makes the process. A PID namespace is joined by the forking thread:
-// it takes effect on children only, and is set back for the thread's next user.
-func (r *Runtime) fork(attr *syscall.ProcAttr, pidNS *os.File) (int, error) {
+// fork makes the process; path resolves in the child, after its fds are in
+// place. A PID namespace is joined by the forking thread: it takes effect on
+// children only, and is set back for the thread's next user.
+func (r *Runtime) fork(path string, attr *syscall.ProcAttr, pidNS *os.File) (int, error) {
 	if pidNS == nil {
-		return forkExec(attr)
+		return forkExec(path, attr)
 	}
 	type result struct {
 		pid int
@@ -112,7 +191,7 @@ func (r *Runtime) fork(attr *syscall.ProcAttr, pidNS *os.File) (int, error) {
 			done <- result{0, fmt.Errorf("join pid namespace: %w", err)}
 			return
 		}
-		pid, err := forkExec(attr)
+		pid, err := forkExec(path, attr)
 		// Left locked, the thread dies with this goroutine.
 		if unix.Setns(int(r.pidNS.Fd()), unix.CLONE_NEWPID) == nil {
 			runtime.UnlockOSThread()
@@ -123,8 +202,8 @@ func (r *Runtime) fork(attr *syscall.ProcAttr, pidNS *os.File) (int, error) {
 	return res.pid, res.err
 }
 
-func forkExec(attr *syscall.ProcAttr) (int, error) {
-	pid, err := syscall.ForkExec(programPath, []string{"berth-start"}, attr)
+func forkExec(path string, attr *syscall.ProcAttr) (int, error) {
+	pid, err := syscall.ForkExec(path, []string{"berth-start"}, attr)
 	if err != nil {
 		return 0, fmt.Errorf("fork: %w", err)
 	}

@@ -1,9 +1,11 @@
 package embedded
 
 import (
+	"fmt"
 	"os"
 	"path"
 	"slices"
+	"strconv"
 	"strings"
 
 	specs "github.com/opencontainers/runtime-spec/specs-go"
@@ -19,6 +21,11 @@ type mount struct {
 	fstype    string // "bind" for binds
 	source    string
 	recursive bool // rbind
+	remount   bool // change what is mounted there
+	copyUp    bool // a tmpfs starts with what lies below it
+	idmap     bool // with maps, or those of the container's user namespace
+	ridmap    bool // idmap, for the whole tree
+	maps      idMaps
 	attr      unix.MountAttr
 	rattr     unix.MountAttr // for the whole tree
 	opts      []kernel.FSOption
@@ -38,6 +45,8 @@ var attrFlags = map[string]attrFlag{
 	"strictatime": {unix.MOUNT_ATTR_STRICTATIME, unix.MOUNT_ATTR__ATIME},
 	"relatime":    {unix.MOUNT_ATTR_RELATIME, unix.MOUNT_ATTR__ATIME},
 	"atime":       {unix.MOUNT_ATTR_RELATIME, unix.MOUNT_ATTR__ATIME},
+	// The opposite of an atime mode is the kernel's default.
+	"norelatime": {unix.MOUNT_ATTR_STRICTATIME, unix.MOUNT_ATTR__ATIME}, "nostrictatime": {unix.MOUNT_ATTR_RELATIME, unix.MOUNT_ATTR__ATIME},
 }
 
 var propagations = map[string]uint64{
@@ -45,15 +54,16 @@ var propagations = map[string]uint64{
 }
 
 // superFlags are options of a filesystem that have no value.
-var superFlags = []string{"sync", "dirsync", "lazytime", "mand", "silent"}
+var superFlags = []string{"sync", "dirsync", "lazytime", "silent", "iversion"}
+
+// superOff are the opposites of super flags, which are off in a new filesystem,
+// and names of older kernels' options that mean nothing to newer ones.
+var superOff = []string{"async", "nolazytime", "nomand", "mand", "loud", "noiversion"}
 
 func parseMount(field string, m specs.Mount) (mount, error) {
 	out := mount{field: field, dest: path.Clean(m.Destination), fstype: m.Type, source: m.Source}
 	if !path.IsAbs(m.Destination) || out.dest == "/" || strings.ContainsRune(m.Destination, 0) {
 		return out, invalid("%s.destination %q: want an absolute path other than \"/\"", field, m.Destination)
-	}
-	if len(m.UIDMappings) > 0 || len(m.GIDMappings) > 0 {
-		return out, unsupported(field + ".uidMappings")
 	}
 	for _, o := range m.Options {
 		if err := out.option(o); err != nil {
@@ -62,6 +72,15 @@ func parseMount(field string, m specs.Mount) (mount, error) {
 	}
 	if out.rattr.Propagation == 0 {
 		out.rattr.Propagation = unix.MS_PRIVATE
+	}
+	if err := out.idMapping(m); err != nil {
+		return out, err
+	}
+	if out.copyUp && out.fstype != "tmpfs" {
+		return out, invalid("%s.options: tmpcopyup is for tmpfs alone", field)
+	}
+	if out.remount {
+		return out, nil
 	}
 	if out.fstype == "" || out.fstype == "none" {
 		return out, invalid("%s.type: missing", field)
@@ -76,6 +95,24 @@ func parseMount(field string, m specs.Mount) (mount, error) {
 	return out, nil
 }
 
+// idMapping checks the mapping of an idmapped mount.
+func (m *mount) idMapping(spec specs.Mount) error {
+	m.maps = idMaps{spec.UIDMappings, spec.GIDMappings}
+	if !m.maps.empty() {
+		m.idmap = true
+		if err := checkRanges(m.field+".uidMappings", spec.UIDMappings); err != nil {
+			return err
+		}
+		if err := checkRanges(m.field+".gidMappings", spec.GIDMappings); err != nil {
+			return err
+		}
+	}
+	if m.idmap && m.fstype != "bind" {
+		return invalid("%s: an idmapped mount is a bind mount; its type is %q", m.field, m.fstype)
+	}
+	return nil
+}
+
 func (m *mount) option(o string) error {
 	name, value, hasValue := strings.Cut(o, "=")
 	base, rec := strings.TrimPrefix(name, "r"), strings.HasPrefix(name, "r")
@@ -83,8 +120,13 @@ func (m *mount) option(o string) error {
 	case o == "" || o == "defaults":
 	case o == "bind", o == "rbind":
 		m.fstype, m.recursive = "bind", o == "rbind"
-	case o == "remount", o == "tmpcopyup", name == "idmap", name == "ridmap":
-		return unsupported(m.field + ".options: " + o)
+	case o == "remount":
+		m.remount = true
+	case o == "tmpcopyup":
+		m.copyUp = true
+	case o == "idmap", o == "ridmap":
+		m.idmap, m.ridmap = true, o == "ridmap"
+	case !hasValue && slices.Contains(superOff, o):
 	case !hasValue && slices.Contains(superFlags, o):
 		m.opts = append(m.opts, kernel.FSOption{Key: o, Flag: true})
 	case !hasValue && attrFlags[name] != attrFlag{}:
@@ -128,6 +170,50 @@ func (m *mount) setAttrs(t *os.File) error {
 		}
 	}
 	return nil
+}
+
+// remountAt changes what is mounted at the open mount point: its flags, and with
+// options of the filesystem the filesystem itself.
+func (m *mount) remountAt(at *os.File) error {
+	if err := m.setAttrs(at); err != nil { // EINVAL: nothing is mounted there
+		return fmt.Errorf("%s.options: remount: %w", m.field, err)
+	}
+	if m.fstype == "bind" || len(m.opts) == 0 {
+		return nil
+	}
+	if err := kernel.Reconfigure(at, m.opts); err != nil {
+		return fmt.Errorf("%s.options: remount: %w", m.field, err)
+	}
+	return nil
+}
+
+// hostIDs are the options of a filesystem with ids translated to the host's:
+// the filesystem is made by us, outside of the container's user namespace.
+func (m *mount) hostIDs(maps idMaps) ([]kernel.FSOption, error) {
+	out := slices.Clone(m.opts)
+	if maps.empty() {
+		return out, nil
+	}
+	for i, o := range out {
+		to := maps.uid
+		switch o.Key {
+		case "uid":
+		case "gid":
+			to = maps.gid
+		default:
+			continue
+		}
+		n, err := strconv.ParseUint(o.Value, 10, 32)
+		if err != nil {
+			return nil, invalid("%s.options: %s=%q: want a number", m.field, o.Key, o.Value)
+		}
+		id, ok := to(uint32(n))
+		if !ok {
+			return nil, invalid("%s.options: %s=%s is not in the mappings of the user namespace", m.field, o.Key, o.Value)
+		}
+		out[i].Value = strconv.FormatUint(uint64(id), 10)
+	}
+	return out, nil
 }
 
 // Prefixes of bind sources that are no paths: a passed descriptor, an image.

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -59,7 +60,7 @@ func olderOverlay(r oci.Rootfs) (m *os.File, err error) {
 		if opts, files, err = overlayOptions(r); err != nil {
 			return err
 		}
-		m, err = mountOverlay(opts)
+		m, err = mountByData("overlay", opts)
 		return err
 	})
 	return m, err
@@ -100,21 +101,56 @@ func overlayOptions(r oci.Rootfs) (opts []kernel.FSOption, files []*os.File, err
 	return opts, files, err
 }
 
-func mountOverlay(opts []kernel.FSOption) (*os.File, error) {
-	all := make([]string, len(opts))
-	for i, o := range opts {
-		all[i] = o.Key
-		if !o.Flag {
-			all[i] += "=" + o.Value
+// newMount is kernel.NewFS for options of any length: those that fsconfig(2)
+// does not take go through mount(2).
+func newMount(fstype string, opts []kernel.FSOption, attrs int) (m *os.File, err error) {
+	if !slices.ContainsFunc(opts, func(o kernel.FSOption) bool { return len(o.Value) > maxFSString }) {
+		return kernel.NewFS(fstype, opts, attrs)
+	}
+	err = kernel.OnThread(func() error {
+		if err := unix.Unshare(unix.CLONE_NEWNS | unix.CLONE_FS); err != nil {
+			return fmt.Errorf("unshare mount namespace: %w", err)
+		}
+		if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
+			return fmt.Errorf("make mounts private: %w", err)
+		}
+		m, err = mountByData(fstype, opts)
+		return err
+	})
+	if err == nil {
+		if err = kernel.SetMountAttr(m, false, &unix.MountAttr{Attr_set: uint64(attrs)}); err != nil {
+			m.Close()
+		}
+	}
+	return m, err
+}
+
+// mountByData makes a detached mount through mount(2), in the mount namespace of
+// the calling thread, which is to end with it.
+func mountByData(fstype string, opts []kernel.FSOption) (*os.File, error) {
+	source, flags := fstype, uintptr(0)
+	var all []string
+	for _, o := range opts {
+		switch {
+		case o.Key == "source":
+			source = o.Value
+		case o.Flag && o.Key == "sync":
+			flags |= unix.MS_SYNCHRONOUS
+		case o.Flag && o.Key == "dirsync":
+			flags |= unix.MS_DIRSYNC
+		case o.Flag:
+			all = append(all, o.Key)
+		default:
+			all = append(all, o.Key+"="+o.Value)
 		}
 	}
 	data := strings.Join(all, ",")
 	if len(data) >= os.Getpagesize() {
-		return nil, invalid("rootfs.lowers: more layers than this kernel takes")
+		return nil, invalid("options of %d bytes, the kernel takes %d", len(data), os.Getpagesize()-1)
 	}
 	// Any directory serves; /sys is not needed by this thread.
-	if err := unix.Mount("overlay", "/sys", "overlay", 0, data); err != nil {
-		return nil, fmt.Errorf("mount overlay: %w", err)
+	if err := unix.Mount(source, "/sys", fstype, flags, data); err != nil {
+		return nil, fmt.Errorf("mount %s: %w", fstype, err)
 	}
 	return kernel.CloneTree(unix.AT_FDCWD, "/sys", false)
 }

@@ -36,20 +36,24 @@ type nsPlan struct {
 type plan struct {
 	spec       *specs.Spec
 	ns         map[specs.LinuxNamespaceType]nsPlan
+	maps       idMaps // of the container's user namespace; of one that is joined known after Create
 	cgroupPath string
 	mounts     []mount
-	propagate  uint64 // of the root mount: MS_SHARED ..., 0 to leave it private
+	propagate  unix.MountAttr // of the root mount; empty to leave it private
+	recursive  bool           // propagate, below it too
 	filter     *seccomp.Filter
 	sysctls    []sysctl
 	warnings   []string
 }
 
+// user tells whether the container has a user namespace that is not ours.
+func (p *plan) user() bool { return p.ns[specs.UserNamespace].mode != nsHost }
+
+// ownMounts tells whether the container has a mount namespace of its own.
+func (p *plan) ownMounts() bool { return p.ns[specs.MountNamespace].mode == nsNew }
+
 func invalid(format string, args ...any) error {
 	return fmt.Errorf(format+": %w", append(args, errdefs.ErrInvalidArgument)...)
-}
-
-func unsupported(field string) error {
-	return fmt.Errorf("%s: not supported by the embedded runtime; remove it: %w", field, errdefs.ErrNotImplemented)
 }
 
 // plan checks the spec: everything the runtime would have to leave out is an
@@ -60,10 +64,10 @@ func (r *Runtime) plan(req oci.CreateRequest) (*plan, error) {
 		return nil, invalid("linux: missing")
 	}
 	p := &plan{spec: s, ns: map[specs.LinuxNamespaceType]nsPlan{}}
-	if err := refuse(s); err != nil {
+	if err := p.namespaces(req); err != nil {
 		return nil, err
 	}
-	if err := p.namespaces(req); err != nil {
+	if err := p.checkLinux(); err != nil {
 		return nil, err
 	}
 	if s.Linux.CgroupsPath != "" {
@@ -84,6 +88,11 @@ func (r *Runtime) plan(req oci.CreateRequest) (*plan, error) {
 		if _, _, err := capsOf(s.Process.Capabilities, r.caps); err != nil {
 			return nil, err
 		}
+		if p.ns[specs.UserNamespace].mode == nsNew {
+			if err := p.checkIDs(&s.Process.User); err != nil {
+				return nil, err
+			}
+		}
 	}
 	for i, m := range s.Mounts {
 		pm, err := parseMount(fmt.Sprintf("mounts[%d]", i), m)
@@ -97,7 +106,7 @@ func (r *Runtime) plan(req oci.CreateRequest) (*plan, error) {
 		if !ok {
 			return nil, invalid("linux.rootfsPropagation %q: want shared, slave, private or unbindable, with an r for recursive", v)
 		}
-		p.propagate = f
+		p.propagate.Propagation, p.recursive = f, strings.HasPrefix(v, "r")
 	}
 	for _, set := range [][]string{s.Linux.MaskedPaths, s.Linux.ReadonlyPaths} {
 		for _, x := range set {
@@ -127,36 +136,39 @@ func emptyResources(r *specs.LinuxResources) bool {
 	return r.Memory == nil && r.CPU == nil && r.Pids == nil && r.BlockIO == nil && len(r.HugepageLimits) == 0 && len(r.Unified) == 0
 }
 
-// refuse names the parts of a spec that this runtime does not do.
-func refuse(s *specs.Spec) error {
-	l := s.Linux
-	switch {
-	//lint:ignore SA1019 prestart is refused like the rest
-	case s.Hooks != nil && (len(s.Hooks.Prestart)+len(s.Hooks.CreateRuntime)+len(s.Hooks.CreateContainer)+
-		len(s.Hooks.StartContainer)+len(s.Hooks.Poststart)+len(s.Hooks.Poststop) > 0):
-		return unsupported("hooks")
-	case len(l.UIDMappings) > 0 || len(l.GIDMappings) > 0:
-		return unsupported("linux.uidMappings, linux.gidMappings")
-	case len(l.TimeOffsets) > 0:
-		return unsupported("linux.timeOffsets")
-	case len(l.NetDevices) > 0:
-		return unsupported("linux.netDevices")
-	case l.IntelRdt != nil:
-		return unsupported("linux.intelRdt")
-	case l.MemoryPolicy != nil:
-		return unsupported("linux.memoryPolicy")
-	case l.Personality != nil && (l.Personality.Domain != specs.PerLinux || len(l.Personality.Flags) > 0):
-		return unsupported("linux.personality")
-	case l.Resources != nil && len(l.Resources.Rdma) > 0:
-		return unsupported("linux.resources.rdma")
-	case l.MountLabel != "" && !selinuxEnabled():
+// checkLinux checks the fields that are used long after Create.
+func (p *plan) checkLinux() error {
+	l := p.spec.Linux
+	if l.MountLabel != "" && !selinuxEnabled() {
 		return fmt.Errorf("linux.mountLabel: SELinux is not enabled on this host: %w", errdefs.ErrFailedPrecondition)
-	case l.MountLabel != "":
-		// Without the label on its files a confined process is denied its own root:
-		// better to say so than to start it.
-		return unsupported("linux.mountLabel")
 	}
-	return nil
+	if l.Personality != nil {
+		if _, err := personalityOf(l.Personality); err != nil {
+			return err
+		}
+	}
+	if l.MemoryPolicy != nil {
+		if _, _, _, err := memoryPolicy(l.MemoryPolicy); err != nil {
+			return err
+		}
+	}
+	if err := checkNetDevices(l.NetDevices); err != nil {
+		return err
+	}
+	if len(l.NetDevices) > 0 && p.ns[specs.NetworkNamespace].mode == nsHost {
+		return invalid("linux.netDevices: set, but linux.namespaces has no network namespace")
+	}
+	if len(l.TimeOffsets) > 0 {
+		if p.ns[specs.TimeNamespace].mode != nsNew {
+			return invalid("linux.timeOffsets: set, but linux.namespaces has no new time namespace")
+		}
+		for clock := range l.TimeOffsets {
+			if clock != "monotonic" && clock != "boottime" {
+				return invalid("linux.timeOffsets: clock %q: want monotonic or boottime", clock)
+			}
+		}
+	}
+	return p.checkHooks()
 }
 
 func selinuxEnabled() bool {
@@ -171,30 +183,28 @@ func (p *plan) namespaces(req oci.CreateRequest) error {
 			return invalid("%s: %s is listed twice", field, n.Type)
 		}
 		switch n.Type {
-		case specs.PIDNamespace, specs.NetworkNamespace, specs.IPCNamespace, specs.UTSNamespace, specs.CgroupNamespace:
-		case specs.MountNamespace:
-			if n.Path != "" {
-				return unsupported(field + ": joining a mount namespace")
-			}
-		case specs.UserNamespace, specs.TimeNamespace:
-			return unsupported(fmt.Sprintf("linux.namespaces: type %s", n.Type))
+		case specs.PIDNamespace, specs.NetworkNamespace, specs.IPCNamespace, specs.UTSNamespace, specs.CgroupNamespace,
+			specs.MountNamespace, specs.UserNamespace, specs.TimeNamespace:
 		default:
 			return invalid("%s.type %q: unknown", field, n.Type)
 		}
 		np := nsPlan{mode: nsNew}
 		if n.Path != "" {
+			if !path.IsAbs(n.Path) {
+				return invalid("%s.path %q: want an absolute path", field, n.Path)
+			}
 			np = nsPlan{mode: nsJoin, path: n.Path}
 		}
 		p.ns[n.Type] = np
 	}
 	for t := range req.Namespaces {
-		if t == specs.UserNamespace || t == specs.TimeNamespace || t == specs.MountNamespace {
-			return unsupported(fmt.Sprintf("linux.namespaces: joining type %s", t))
-		}
 		p.ns[t] = nsPlan{mode: nsJoin}
 	}
-	if p.ns[specs.MountNamespace].mode != nsNew && !req.PodInit {
-		return invalid("linux.namespaces: a container needs a mount namespace of its own; add {\"type\": \"mount\"}")
+	if err := p.sharedMounts(req); err != nil {
+		return err
+	}
+	if err := p.userNamespace(); err != nil {
+		return err
 	}
 	if (p.spec.Hostname != "" || p.spec.Domainname != "") && p.ns[specs.UTSNamespace].mode == nsHost {
 		return invalid("hostname: set, but linux.namespaces has no uts namespace")
@@ -202,98 +212,70 @@ func (p *plan) namespaces(req oci.CreateRequest) error {
 	return nil
 }
 
-// sysctl is one value below /proc/sys.
-type sysctl struct{ key, path, value string }
-
-// ipcSysctls are per IPC namespace.
-var ipcSysctls = []string{
-	"kernel.msgmax", "kernel.msgmnb", "kernel.msgmni", "kernel.sem", "kernel.shmall",
-	"kernel.shmmax", "kernel.shmmni", "kernel.shm_rmid_forced",
-}
-
-// checkSysctls lets through only what belongs to a namespace that the container
-// does not share with the host (invariant I12).
-func (p *plan) checkSysctls(in map[string]string) ([]sysctl, error) {
-	var out []sysctl
-	for _, k := range slices.Sorted(maps.Keys(in)) {
-		// "net/ipv4/conf/eth0.1/x" is the form for names with dots.
-		file := k
-		if i := strings.IndexAny(k, "./"); i >= 0 && k[i] == '.' {
-			file = strings.Map(func(c rune) rune {
-				switch c {
-				case '.':
-					return '/'
-				case '/':
-					return '.'
-				}
-				return c
-			}, k)
-		}
-		dotted := strings.ReplaceAll(file, "/", ".")
-		if path.Clean(file) != file || strings.HasPrefix(file, "/") || strings.HasPrefix(file, "..") || strings.ContainsAny(k, "\x00\n") {
-			return nil, invalid("linux.sysctl %q: not a name below /proc/sys", k)
-		}
-		var kind specs.LinuxNamespaceType
-		switch {
-		case strings.HasPrefix(file, "net/"):
-			kind = specs.NetworkNamespace
-		case slices.Contains(ipcSysctls, dotted), strings.HasPrefix(file, "fs/mqueue/"):
-			kind = specs.IPCNamespace
-		case file == "kernel/hostname", file == "kernel/domainname":
-			kind = specs.UTSNamespace
-		default:
-			return nil, invalid("linux.sysctl %q: not in a namespace; it would change the host", k)
-		}
-		if p.ns[kind].mode == nsHost {
-			return nil, invalid("linux.sysctl %q: needs a %s namespace that is not the host's", k, kind)
-		}
-		out = append(out, sysctl{k, file, in[k]})
+// sharedMounts checks a container without a mount namespace of its own: what it
+// mounted or masked, the namespace's other processes would find.
+func (p *plan) sharedMounts(req oci.CreateRequest) error {
+	if p.ownMounts() || req.PodInit {
+		return nil
 	}
-	return out, nil
-}
-
-func checkProcess(p *specs.Process, args bool) error {
+	l := p.spec.Linux
+	field := ""
 	switch {
-	case args && (len(p.Args) == 0 || p.Args[0] == ""):
-		return invalid("process.args: empty")
-	case args && !path.IsAbs(p.Cwd):
-		return invalid("process.cwd %q: want an absolute path", p.Cwd)
-	case p.Scheduler != nil:
-		return unsupported("process.scheduler")
-	case p.IOPriority != nil:
-		return unsupported("process.ioPriority")
-	case p.ExecCPUAffinity != nil:
-		return unsupported("process.execCPUAffinity")
-	case p.User.UID == ^uint32(0) || p.User.GID == ^uint32(0):
-		return invalid("process.user: 4294967295 is no id")
-	case p.User.Umask != nil && *p.User.Umask > 0o777:
-		return invalid("process.user.umask %#o: want at most 0777", *p.User.Umask)
-	case p.OOMScoreAdj != nil && (*p.OOMScoreAdj < -1000 || *p.OOMScoreAdj > 1000):
-		return invalid("process.oomScoreAdj %d: want -1000 to 1000", *p.OOMScoreAdj)
+	case len(p.spec.Mounts) > 0:
+		field = "mounts"
+	case len(l.MaskedPaths) > 0:
+		field = "linux.maskedPaths"
+	case len(l.ReadonlyPaths) > 0:
+		field = "linux.readonlyPaths"
+	case len(l.Devices) > 0:
+		field = "linux.devices"
+	case l.RootfsPropagation != "":
+		field = "linux.rootfsPropagation"
+	case p.spec.Root != nil && p.spec.Root.Readonly:
+		field = "root.readonly"
+	case len(req.Rootfs.Lowers) > 0:
+		field = "root: an overlay"
+	case p.user():
+		field = "linux.namespaces: a user namespace"
+	default:
+		return nil
 	}
-	for _, list := range [][]string{p.Args, p.Env, {p.Cwd, p.ApparmorProfile, p.SelinuxLabel}} {
-		for _, v := range list {
-			if strings.ContainsRune(v, 0) {
-				return invalid("process: a string holds a NUL byte: %q", v)
-			}
-		}
+	return invalid("%s: needs a mount namespace of its own; add {\"type\": \"mount\"} to linux.namespaces", field)
+}
+
+// userNamespace checks the mappings.
+func (p *plan) userNamespace() error {
+	l := p.spec.Linux
+	given := idMaps{l.UIDMappings, l.GIDMappings}
+	if !p.user() && !given.empty() {
+		return invalid("linux.uidMappings, linux.gidMappings: set, but linux.namespaces has no user namespace")
 	}
-	for i, l := range p.Rlimits {
-		if _, ok := rlimits[l.Type]; !ok {
-			return invalid("process.rlimits[%d].type %q: unknown", i, l.Type)
-		}
-		if l.Soft > l.Hard {
-			return invalid("process.rlimits[%d]: soft %d is above hard %d", i, l.Soft, l.Hard)
-		}
+	if p.ns[specs.UserNamespace].mode != nsNew {
+		return nil
 	}
+	if err := checkRanges("linux.uidMappings", l.UIDMappings); err != nil {
+		return err
+	}
+	if err := checkRanges("linux.gidMappings", l.GIDMappings); err != nil {
+		return err
+	}
+	p.maps = given
 	return nil
 }
 
-var rlimits = map[string]int{
-	"RLIMIT_AS": unix.RLIMIT_AS, "RLIMIT_CORE": unix.RLIMIT_CORE, "RLIMIT_CPU": unix.RLIMIT_CPU,
-	"RLIMIT_DATA": unix.RLIMIT_DATA, "RLIMIT_FSIZE": unix.RLIMIT_FSIZE, "RLIMIT_LOCKS": unix.RLIMIT_LOCKS,
-	"RLIMIT_MEMLOCK": unix.RLIMIT_MEMLOCK, "RLIMIT_MSGQUEUE": unix.RLIMIT_MSGQUEUE, "RLIMIT_NICE": unix.RLIMIT_NICE,
-	"RLIMIT_NOFILE": unix.RLIMIT_NOFILE, "RLIMIT_NPROC": unix.RLIMIT_NPROC, "RLIMIT_RSS": unix.RLIMIT_RSS,
-	"RLIMIT_RTPRIO": unix.RLIMIT_RTPRIO, "RLIMIT_RTTIME": unix.RLIMIT_RTTIME,
-	"RLIMIT_SIGPENDING": unix.RLIMIT_SIGPENDING, "RLIMIT_STACK": unix.RLIMIT_STACK,
+// checkIDs checks that a process's ids exist in the user namespace.
+func (p *plan) checkIDs(u *specs.User) error {
+	if _, ok := p.maps.uid(u.UID); !ok {
+		return invalid("process.user.uid %d: not in linux.uidMappings", u.UID)
+	}
+	for i, g := range append([]uint32{u.GID}, u.AdditionalGids...) {
+		if _, ok := p.maps.gid(g); ok {
+			continue
+		}
+		if i == 0 {
+			return invalid("process.user.gid %d: not in linux.gidMappings", g)
+		}
+		return invalid("process.user.additionalGids: %d is not in linux.gidMappings", g)
+	}
+	return nil
 }

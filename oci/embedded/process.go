@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"path"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -13,17 +14,23 @@ import (
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 
-	"github.com/berth-runtime/berth/internal/kernel"
 )
 
 const atCwd = unix.AT_FDCWD
 
 // begin appends what every child does first, while it still sees nothing of the
-// container: leave our cgroup, the settings that go through procfs, a session.
+// container: leave our cgroup, the settings that go through procfs or that need
+// the runtime's privileges, a session. With p nil it is a hook's.
 func (c *Container) begin(s *script, p *specs.Process) (warnings []string, err error) {
 	// The program file is readable to nobody else; non-dumpable keeps a tracer in
 	// the container from the descriptors until execve (invariant I5).
 	s.do("prctl PR_SET_DUMPABLE", unix.SYS_PRCTL, unix.PR_SET_DUMPABLE, 0, 0, 0, 0)
+	if p != nil && p.ExecCPUAffinity != nil && p.ExecCPUAffinity.Initial != "" && c.joinDir == nil {
+		// On cgroup v2 there is no time before: the process is born in its cgroup.
+		if err := affinity(s, "process.execCPUAffinity.initial", p.ExecCPUAffinity.Initial); err != nil {
+			return nil, err
+		}
+	}
 	for _, f := range c.joinFiles {
 		// "0" is the writer itself. One thread moving by "tasks" does not take the
 		// threadgroup lock, which costs an RCU grace period on a quiet machine.
@@ -31,6 +38,9 @@ func (c *Container) begin(s *script, p *specs.Process) (warnings []string, err e
 	}
 	if p == nil {
 		return nil, nil
+	}
+	if err := c.attributes(s, p); err != nil {
+		return nil, err
 	}
 	adj := p.OOMScoreAdj
 	if adj == nil && c.plan.spec.Process != nil {
@@ -68,11 +78,78 @@ func (c *Container) begin(s *script, p *specs.Process) (warnings []string, err e
 		named := fmt.Sprintf("%s %q", l.field, strings.TrimPrefix(l.label, "exec ")) // fails when it is not loaded
 		s.do(named, unix.SYS_WRITE, f, l.label, len(l.label))
 	}
+	if c.plan.user() {
+		// Inside a user namespace no limit can be raised any more.
+		for _, l := range p.Rlimits {
+			var own unix.Rlimit
+			if err := unix.Prlimit(0, rlimits[l.Type], nil, &own); err != nil {
+				return nil, fmt.Errorf("process.rlimits %s: %w", l.Type, err)
+			}
+			lim, _, err := c.rt.clampRlimit(l)
+			if err != nil {
+				return nil, err
+			}
+			if lim.Max > own.Max {
+				own.Max = lim.Max
+				s.do("process.rlimits "+l.Type, unix.SYS_PRLIMIT64, 0, rlimits[l.Type], bytesOf(&own), 0)
+			}
+		}
+	}
 	s.do("setsid", unix.SYS_SETSID)
-	// A session keyring of its own: the runtime's would be shared. No keyrings in
-	// the kernel, or none left in the quota, is no reason not to start.
-	s.do("keyctl", unix.SYS_KEYCTL, unix.KEYCTL_JOIN_SESSION_KEYRING, 0).ignoreAny()
+	if !c.rt.keepKeyring {
+		// A session keyring of its own: the runtime's would be shared. No keyrings in
+		// the kernel, or none left in the quota, is no reason not to start.
+		s.do("keyctl", unix.SYS_KEYCTL, unix.KEYCTL_JOIN_SESSION_KEYRING, 0).ignoreAny()
+	}
 	return warnings, nil
+}
+
+// attributes appends the settings that are one system call each.
+func (c *Container) attributes(s *script, p *specs.Process) error {
+	if p.ExecCPUAffinity != nil && p.ExecCPUAffinity.Final != "" {
+		if err := affinity(s, "process.execCPUAffinity.final", p.ExecCPUAffinity.Final); err != nil {
+			return err
+		}
+	}
+	if p.Scheduler != nil {
+		attr, err := schedAttr(p.Scheduler)
+		if err != nil {
+			return err
+		}
+		s.do("process.scheduler", unix.SYS_SCHED_SETATTR, 0, attr, 0)
+	}
+	if p.IOPriority != nil {
+		v, err := ioPriority(p.IOPriority)
+		if err != nil {
+			return err
+		}
+		const whoProcess = 1
+		s.do("process.ioPriority", unix.SYS_IOPRIO_SET, whoProcess, 0, v)
+	}
+	if m := c.plan.spec.Linux.MemoryPolicy; m != nil {
+		mode, mask, maxNode, err := memoryPolicy(m)
+		if err != nil {
+			return err
+		}
+		s.do("linux.memoryPolicy", unix.SYS_SET_MEMPOLICY, mode, mask, maxNode)
+	}
+	if m := c.plan.spec.Linux.Personality; m != nil {
+		v, err := personalityOf(m)
+		if err != nil {
+			return err
+		}
+		s.do("linux.personality", unix.SYS_PERSONALITY, v)
+	}
+	return nil
+}
+
+func affinity(s *script, field, list string) error {
+	mask, err := cpuMask(field, list)
+	if err != nil {
+		return err
+	}
+	s.do(field, unix.SYS_SCHED_SETAFFINITY, 0, len(mask), mask)
+	return nil
 }
 
 func apparmorEnabled() bool {
@@ -121,7 +198,8 @@ func (r *Runtime) clampOOM(want int) (int, []string, error) {
 // no_new_privs when it is loaded, ids need capabilities, and a filter must let
 // through whatever still comes after it.
 func (c *Container) identity(s *script, p *specs.Process, terminal bool) (warnings []string, err error) {
-	caps, warnings, err := capsOf(p.Capabilities, c.rt.caps)
+	own := c.ownCaps()
+	caps, warnings, err := capsOf(p.Capabilities, own)
 	if err != nil {
 		return nil, err
 	}
@@ -130,7 +208,7 @@ func (c *Container) identity(s *script, p *specs.Process, terminal bool) (warnin
 		s.do("controlling terminal", unix.SYS_IOCTL, 0, unix.TIOCSCTTY, 0)
 	}
 	// After the last descriptor that a limit on them could refuse.
-	s.do("close_range", unix.SYS_CLOSE_RANGE, statusFD, uintptr(0xffffffff), unix.CLOSE_RANGE_CLOEXEC)
+	s.do("close_range", unix.SYS_CLOSE_RANGE, s.status(), uintptr(0xffffffff), unix.CLOSE_RANGE_CLOEXEC)
 	for _, l := range p.Rlimits {
 		lim, warn, err := c.rt.clampRlimit(l)
 		if err != nil {
@@ -148,7 +226,7 @@ func (c *Container) identity(s *script, p *specs.Process, terminal bool) (warnin
 
 	s.do("keep capabilities", unix.SYS_PRCTL, unix.PR_SET_KEEPCAPS, 1, 0, 0, 0)
 	for i := range lastCap + 24 {
-		if c.rt.caps.bounding&(1<<i) != 0 && caps.bounding&(1<<i) == 0 {
+		if own.bounding&(1<<i) != 0 && caps.bounding&(1<<i) == 0 {
 			s.do("drop capability", unix.SYS_PRCTL, unix.PR_CAPBSET_DROP, i, 0, 0, 0)
 		}
 	}
@@ -156,18 +234,19 @@ func (c *Container) identity(s *script, p *specs.Process, terminal bool) (warnin
 	for _, g := range p.User.AdditionalGids {
 		groups = binary.LittleEndian.AppendUint32(groups, g)
 	}
-	s.do("process.user.additionalGids", unix.SYS_SETGROUPS, len(p.User.AdditionalGids), groups)
+	setgroups := s.do("process.user.additionalGids", unix.SYS_SETGROUPS, len(p.User.AdditionalGids), groups)
+	if len(groups) == 0 && c.plan.user() {
+		setgroups.ignore(unix.EPERM) // a user namespace made without privileges allows no setgroups at all
+	}
 	g, u := int(p.User.GID), int(p.User.UID)
 	s.do("process.user.gid", unix.SYS_SETRESGID, g, g, g)
 	s.do("process.user.uid", unix.SYS_SETRESUID, u, u, u)
 
-	header := func() []byte { return bytesOf(&unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}) }
-	filter := c.plan.filter
 	extra := uint64(0)
-	if filter != nil && !p.NoNewPrivileges {
+	if c.plan.filter != nil && !p.NoNewPrivileges {
 		extra = 1 << unix.CAP_SYS_ADMIN
 	}
-	s.do("capset", unix.SYS_CAPSET, header(), caps.capData(extra))
+	s.do("capset", unix.SYS_CAPSET, capHeader(), caps.capData(extra))
 	for i := range lastCap + 1 {
 		if caps.ambient&(1<<i) != 0 {
 			s.do("ambient capability", unix.SYS_PRCTL, unix.PR_CAP_AMBIENT, unix.PR_CAP_AMBIENT_RAISE, i, 0, 0)
@@ -179,20 +258,48 @@ func (c *Container) identity(s *script, p *specs.Process, terminal bool) (warnin
 	// A change of ids makes the process dumpable by sysctl fs.suid_dumpable only,
 	// never more than before; said again because execve is still to come.
 	s.do("prctl PR_SET_DUMPABLE", unix.SYS_PRCTL, unix.PR_SET_DUMPABLE, 0, 0, 0, 0)
-	if filter != nil {
-		s.loadFilter(filter)
-		if extra&^caps.permitted != 0 || extra&^caps.effective != 0 {
-			s.do("capset", unix.SYS_CAPSET, header(), caps.capData(0))
-		}
-	}
 	return warnings, nil
+}
+
+func capHeader() []byte { return bytesOf(&unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}) }
+
+// seal appends the filter, the last thing before execve, and what only it needed.
+// A filter with a listener waits at the read end in until the listener has it.
+func (c *Container) seal(s *script, p *specs.Process, in childFD) error {
+	f := c.plan.filter
+	if f == nil {
+		return nil
+	}
+	caps, _, err := capsOf(p.Capabilities, c.ownCaps())
+	if err != nil {
+		return err
+	}
+	load := s.loadFilter(f)
+	if f.Listener {
+		s.tell(msgFilter, load.out())
+		s.wait(in)
+	}
+	if extra := uint64(1 << unix.CAP_SYS_ADMIN); !p.NoNewPrivileges && (extra&^caps.permitted != 0 || extra&^caps.effective != 0) {
+		s.do("capset", unix.SYS_CAPSET, capHeader(), caps.capData(0))
+	}
+	return nil
+}
+
+// ownCaps are the limits of what a process of the container can have: everything
+// that the kernel knows in a user namespace of its own, else what we have.
+func (c *Container) ownCaps() capSets {
+	if c.plan.user() {
+		all := kernelCaps()
+		return capSets{bounding: all, permitted: all}
+	}
+	return c.rt.caps
 }
 
 // cwd enters the working directory. RESOLVE_IN_ROOT makes it impossible to end
 // outside of the root, and magic links such as /proc/self/fd/7 are refused
 // (CVE-2024-21626, invariant I4).
 func (c *Container) cwd(s *script, dir string) {
-	if dir == "" || dir == "/" {
+	if dir == "" || path.Clean(dir) == "/" {
 		return // entering the namespace left the process in its root
 	}
 	how := &unix.OpenHow{
@@ -221,17 +328,12 @@ func (r *Runtime) clampRlimit(l specs.POSIXRlimit) (unix.Rlimit, []string, error
 	return want, []string{fmt.Sprintf("process.rlimits: %s hard limit %d can not be raised without CAP_SYS_RESOURCE; %d kept", l.Type, l.Hard, own.Max)}, nil
 }
 
-// execCell is the record's cell of one candidate of the search for a program.
-type execCell struct{ index int }
-
-// exec appends the execve. A name without a slash is looked for in the
-// container's PATH by the child itself, as the user it will be.
-func (s *script) exec(p *specs.Process) []execCell {
-	argv, env := s.strs(p.Args), s.strs(p.Env)
+// candidates are the paths that execve is tried with. A name without a slash is
+// looked for in the container's PATH by the child itself, as the user it will be.
+func candidates(p *specs.Process) []string {
 	name := p.Args[0]
 	if strings.Contains(name, "/") {
-		s.do("exec "+strconv.Quote(name), unix.SYS_EXECVE, name, argv, env)
-		return nil
+		return []string{name}
 	}
 	search := "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 	for _, e := range p.Env {
@@ -239,25 +341,58 @@ func (s *script) exec(p *specs.Process) []execCell {
 			search = v
 		}
 	}
-	var cells []execCell
-	var last call
+	var out []string
 	for dir := range strings.SplitSeq(search, ":") {
-		if dir == "" {
-			dir = "."
+		if dir == "" || dir == "." {
+			out = append(out, "./"+name)
+		} else {
+			out = append(out, path.Join(dir, name))
 		}
-		ref, i, ok := s.cell()
-		if !ok {
-			break // more directories than a record has room for: 54
+		if len(out) == maxCells {
+			break // more directories than a record has room for
 		}
-		last = s.do("exec "+strconv.Quote(name), unix.SYS_EXECVE, path.Join(dir, name), argv, env)
-		if dir == "." {
-			s.ops[last.i].args[0] = s.str("./" + name)
-		}
-		last.to(ref).ignore(unix.ENOENT, unix.ENOTDIR, unix.EACCES, unix.ELOOP)
-		cells = append(cells, execCell{i})
 	}
-	s.ops[last.i].ignore = 0
-	return cells
+	return out
+}
+
+// notThere are the errnos after which the search for a program goes on.
+var notThere = []unix.Errno{unix.ENOENT, unix.ENOTDIR, unix.EACCES, unix.ELOOP}
+
+// exec appends the execve.
+func (s *script) exec(p *specs.Process) {
+	argv, env := s.strs(p.Args), s.strs(p.Env)
+	s.search(p, func(name, path string) call { return s.do(name, unix.SYS_EXECVE, path, argv, env) })
+}
+
+// lookup appends a check that the program is there and may be executed, so that
+// a created container fails before its start.
+func (s *script) lookup(p *specs.Process) {
+	n := len(candidates(p))
+	i := 0
+	s.search(p, func(name, path string) call {
+		i++
+		c := s.do(name, unix.SYS_FACCESSAT2, atCwd, path, unix.X_OK, unix.AT_EACCESS)
+		if left := n - i; left > 0 {
+			s.jump(2*left - 1) // found: what is left are calls with their jumps, and the last call
+		}
+		return c
+	})
+}
+
+// search appends one try for each candidate; all but the last may fail.
+func (s *script) search(p *specs.Process, try func(name, path string) call) {
+	name := "exec " + strconv.Quote(p.Args[0])
+	all := candidates(p)
+	for i, path := range all {
+		c := try(name, path)
+		if len(all) == 1 && strings.Contains(p.Args[0], "/") {
+			return // its own errno says it all
+		}
+		c.to(s.cell(i))
+		if i < len(all)-1 {
+			c.ignore(notThere...).skip(len(s.ops) - 1 - c.i)
+		}
+	}
 }
 
 // startError is an error of a child, with the kind that its errno means.
@@ -270,8 +405,8 @@ type startError struct {
 func (e *startError) Error() string   { return e.msg }
 func (e *startError) Unwrap() []error { return []error{e.kind, e.cause} }
 
-// explain turns a failed script into an error for people.
-func explain(err error, p *specs.Process, cells []execCell) error {
+// explain turns a failed script into an error for people. arg0 is the program.
+func explain(err error, arg0 string) error {
 	var se *scriptError
 	if err == nil || !errors.As(err, &se) {
 		return err
@@ -279,16 +414,16 @@ func explain(err error, p *specs.Process, cells []execCell) error {
 	e := &startError{msg: err.Error(), kind: errdefs.ErrUnknown, cause: err}
 	switch {
 	case strings.HasPrefix(se.name, "exec "):
-		if len(cells) > 0 && (se.errno == unix.ENOENT || se.errno == unix.ENOTDIR || se.errno == unix.EACCES || se.errno == unix.ELOOP) {
-			e.kind, e.msg = errdefs.ErrNotFound, fmt.Sprintf("exec: %q: executable file not found in $PATH", p.Args[0])
-			for _, c := range cells {
-				if -unix.Errno(se.cells[c.index]) == unix.EACCES || se.cells[c.index] == -int64(unix.EACCES) {
-					e.kind, e.msg = errdefs.ErrPermissionDenied, fmt.Sprintf("exec: %q: permission denied", p.Args[0])
+		if !strings.Contains(arg0, "/") && slices.Contains(notThere, se.errno) {
+			e.kind, e.msg = errdefs.ErrNotFound, fmt.Sprintf("exec: %q: executable file not found in $PATH", arg0)
+			for _, c := range se.cells {
+				if c == -int64(unix.EACCES) {
+					e.kind, e.msg = errdefs.ErrPermissionDenied, fmt.Sprintf("exec: %q: permission denied", arg0)
 				}
 			}
 			return e
 		}
-		e.msg = fmt.Sprintf("exec: %q: %s", p.Args[0], se.errno)
+		e.msg = fmt.Sprintf("exec: %q: %s", arg0, se.errno)
 		switch se.errno {
 		case unix.ENOENT, unix.ENOTDIR:
 			e.kind = errdefs.ErrNotFound
@@ -297,77 +432,8 @@ func explain(err error, p *specs.Process, cells []execCell) error {
 		case unix.ENOEXEC, unix.E2BIG, unix.ELOOP, unix.ENAMETOOLONG:
 			e.kind = errdefs.ErrInvalidArgument
 		}
-	case strings.HasPrefix(se.name, "process."):
+	case strings.HasPrefix(se.name, "process."), strings.HasPrefix(se.name, "linux."):
 		e.kind = errdefs.ErrInvalidArgument
 	}
 	return e
-}
-
-// mountProc appends the procfs mounts with what lies on them.
-func (c *Container) mountProc(s *script) {
-	var dir, null childFD
-	for _, m := range c.procs {
-		name := fmt.Sprintf("mount %q: ", m.dest)
-		f := s.do(name+"fsopen", unix.SYS_FSOPEN, "proc", unix.FSOPEN_CLOEXEC).out()
-		for _, o := range m.opts {
-			if o.Flag {
-				s.do(name+o.Key, unix.SYS_FSCONFIG, f, unix.FSCONFIG_SET_FLAG, o.Key, 0, 0)
-			} else {
-				s.do(name+o.Key, unix.SYS_FSCONFIG, f, unix.FSCONFIG_SET_STRING, o.Key, o.Value, 0)
-			}
-		}
-		s.do(name+"fsconfig", unix.SYS_FSCONFIG, f, unix.FSCONFIG_CMD_CREATE, 0, 0, 0)
-		proc := s.do(name+"fsmount", unix.SYS_FSMOUNT, f, unix.FSMOUNT_CLOEXEC, int(m.attr.Attr_set|m.rattr.Attr_set)).out()
-		s.do(name+"move_mount", unix.SYS_MOVE_MOUNT, proc, "", s.fd(m.at), "", unix.MOVE_MOUNT_F_EMPTY_PATH|unix.MOVE_MOUNT_T_EMPTY_PATH)
-		for _, b := range m.binds {
-			s.do(fmt.Sprintf("mount %q: move_mount", path.Join(m.dest, b.rel)), unix.SYS_MOVE_MOUNT, s.fd(b.file), "", proc, b.rel, unix.MOVE_MOUNT_F_EMPTY_PATH)
-		}
-		for _, rel := range m.readonly {
-			name := fmt.Sprintf("linux.readonlyPaths %q: ", path.Join(m.dest, rel))
-			t := s.do(name+"open_tree", unix.SYS_OPEN_TREE, proc, rel, unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC|unix.AT_RECURSIVE).
-				ignore(unix.ENOENT, unix.ENOTDIR).skip(2).out()
-			attr := &unix.MountAttr{Attr_set: unix.MOUNT_ATTR_RDONLY}
-			s.do(name+"mount_setattr", unix.SYS_MOUNT_SETATTR, t, "", unix.AT_EMPTY_PATH|unix.AT_RECURSIVE, bytesOf(attr), len(bytesOf(attr)))
-			s.do(name+"move_mount", unix.SYS_MOVE_MOUNT, t, "", proc, rel, unix.MOVE_MOUNT_F_EMPTY_PATH)
-		}
-		for _, rel := range m.masked {
-			isDir, ok := c.rt.procKind(rel)
-			if !ok {
-				continue
-			}
-			if dir == 0 {
-				dir, null = s.fd(c.maskDir), s.fd(c.maskNull)
-			}
-			src := null
-			if isDir {
-				src = dir
-			}
-			name := fmt.Sprintf("linux.maskedPaths %q: ", path.Join(m.dest, rel))
-			t := s.do(name+"open_tree", unix.SYS_OPEN_TREE, src, "", unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC|unix.AT_EMPTY_PATH).out()
-			s.do(name+"move_mount", unix.SYS_MOVE_MOUNT, t, "", proc, rel, unix.MOVE_MOUNT_F_EMPTY_PATH).ignore(unix.ENOENT)
-		}
-	}
-}
-
-// procKind says what a path of procfs is, looked up in a procfs of our own.
-func (r *Runtime) procKind(rel string) (isDir, exists bool) {
-	var st unix.Stat_t
-	if err := unix.Fstatat(int(r.proc.Fd()), rel, &st, 0); err != nil {
-		return false, false
-	}
-	return st.Mode&unix.S_IFMT == unix.S_IFDIR, true
-}
-
-// join appends the entry into the prepared namespaces.
-func (c *Container) join(s *script) {
-	for _, n := range c.ns {
-		s.do("join "+string(n.kind)+" namespace", unix.SYS_SETNS, s.fd(n.file), n.kind.CloneFlag())
-	}
-	switch {
-	case c.joinCgroupNS != nil:
-		s.do("join cgroup namespace", unix.SYS_SETNS, s.fd(c.joinCgroupNS), kernel.CgroupNS.CloneFlag())
-	case c.plan.ns[specs.CgroupNamespace].mode == nsNew:
-		s.do("new cgroup namespace", unix.SYS_UNSHARE, unix.CLONE_NEWCGROUP)
-	}
-	s.do("join mount namespace", unix.SYS_SETNS, s.fd(c.mountNS), unix.CLONE_NEWNS)
 }

@@ -23,6 +23,8 @@ type Config struct {
 	// SystemdCgroups reads linux.cgroupsPath as "slice:prefix:name" and has systemd
 	// make the cgroup.
 	SystemdCgroups bool
+	// KeepKeyring leaves processes in the caller's session keyring.
+	KeepKeyring bool
 	// Log takes warnings; nil means slog.Default.
 	Log *slog.Logger
 }
@@ -38,6 +40,8 @@ type Runtime struct {
 	caps    capSets  // our own
 	filters filterCache
 	close   sync.Once
+
+	keepKeyring bool
 }
 
 var _ oci.Runtime = (*Runtime)(nil)
@@ -45,7 +49,7 @@ var _ oci.Runtime = (*Runtime)(nil)
 // New prepares a runtime. It makes the process non-dumpable: for a moment a
 // forked child that is already in a container's PID namespace shares its memory.
 func New(c Config) (_ *Runtime, err error) {
-	r := &Runtime{cgroups: c.Cgroups, log: c.Log}
+	r := &Runtime{cgroups: c.Cgroups, log: c.Log, keepKeyring: c.KeepKeyring}
 	if r.log == nil {
 		r.log = slog.Default()
 	}
@@ -120,7 +124,7 @@ func (r *Runtime) Create(ctx context.Context, req oci.CreateRequest) (_ oci.Cont
 	if err != nil {
 		return nil, err
 	}
-	c := &Container{rt: r, id: req.ID, plan: p, podInit: req.PodInit, warnings: p.warnings}
+	c := &Container{rt: r, id: req.ID, bundle: req.Bundle, plan: p, podInit: req.PodInit, warnings: p.warnings}
 	var u undo.Stack
 	defer func() {
 		if err != nil {
@@ -147,6 +151,9 @@ func (r *Runtime) Create(ctx context.Context, req oci.CreateRequest) (_ oci.Cont
 			return nil, err
 		}
 	}
+	if err := c.joinRDT(&u); err != nil {
+		return nil, err
+	}
 	if err := c.assemble(req, root); err != nil {
 		return nil, err
 	}
@@ -155,6 +162,20 @@ func (r *Runtime) Create(ctx context.Context, req oci.CreateRequest) (_ oci.Cont
 	}
 	u.Release()
 	return c, nil
+}
+
+// joinRDT makes the container's group of resctrl.
+func (c *Container) joinRDT(u *undo.Stack) (err error) {
+	if c.plan.spec.Linux.IntelRdt == nil {
+		return nil
+	}
+	if c.rdt, err = openRDT(c.id, c.plan.spec.Linux.IntelRdt); err != nil {
+		return err
+	}
+	u.Push(c.rdt.delete)
+	files, err := c.rdt.taskFiles()
+	c.joinFiles = append(c.joinFiles, files...)
+	return err
 }
 
 // rootAside is a container's root that is being opened on a goroutine of its own.
@@ -168,6 +189,16 @@ type rootAside struct {
 func openRootAside(req oci.CreateRequest, p *plan) *rootAside {
 	if !hasRoot(req) {
 		return nil
+	}
+	if !p.ownMounts() {
+		// It stays where it is; whether it is there is seen when it is entered.
+		done := make(chan struct{})
+		close(done)
+		r := &rootAside{done: done}
+		if p.spec.Root == nil || p.spec.Root.Path == "" {
+			r.err = invalid("root.path: missing")
+		}
+		return r
 	}
 	path := ""
 	if p.spec.Root != nil {

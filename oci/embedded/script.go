@@ -11,17 +11,20 @@ import (
 
 // A script is the child's side of a start: system calls with all their memory,
 // laid out by the parent and run by a tiny interpreter in a process that holds
-// nothing else (interp_*.s). The child's table of fds is 0-2 stdio, 3 the
-// status pipe, 4 the program itself, then what the script uses.
+// nothing else (interp_*.s). The child's table of fds is 0-2 stdio, then the
+// extra files that the user's program gets, the status pipe, the program itself,
+// and what the script uses.
 type script struct {
 	ops   []op
 	names []string // what each op is for, in error messages
 	data  []byte
+	extra []*os.File
 	files []*os.File
-	cells int // used words of the record
 }
 
-// op is one system call as the interpreter reads it: 11 words.
+// op is one system call as the interpreter reads it: 11 words. The number testNR
+// is no system call: its result is 0 if args[0]&args[1] == args[2], and -args[3]
+// otherwise.
 type op struct {
 	nr     uintptr
 	args   [6]uintptr
@@ -35,12 +38,11 @@ const (
 	opSize     = unsafe.Sizeof(op{})
 	opsBase    = 0x10000000
 	dataBase   = 0x20000000
-	recordSize = 512 // failed op's address, errno, cells; the last 64 bytes stay zero
-	maxCells   = (recordSize - 64 - 16) / 8
-	statusFD   = 3
-	programFD  = 4
-	firstFD    = 5
+	recordSize = 512 // failed op's address, errno, cells, the status pipe's number; the last 64 bytes stay zero
+	statusAt   = recordSize - 64 - 8
+	maxCells   = (statusAt - 16) / 8
 	anyErrno   = ^uintptr(0)
+	testNR     = ^uintptr(0)
 )
 
 // ref is the address of a word in the child's memory, filled by an earlier op.
@@ -49,14 +51,24 @@ type ref uintptr
 // childFD is an fd number in the child's table.
 type childFD int
 
-func newScript() *script {
-	return &script{data: make([]byte, recordSize, 8192), ops: make([]op, 0, 128), names: make([]string, 0, 128)}
+// newScript starts a script whose program will have the extra files as its
+// descriptors 3 and up.
+func newScript(extra []*os.File) *script {
+	s := &script{data: make([]byte, recordSize, 8192), ops: make([]op, 0, 128), names: make([]string, 0, 128), extra: extra}
+	binary.LittleEndian.PutUint64(s.data[statusAt:], uint64(s.status()))
+	return s
 }
+
+// status is the child's end of the status pipe.
+func (s *script) status() childFD { return childFD(3 + len(s.extra)) }
+
+// program is the start program itself.
+func (s *script) program() childFD { return s.status() + 1 }
 
 // fd gives f a place in the child's table.
 func (s *script) fd(f *os.File) childFD {
 	s.files = append(s.files, f)
-	return childFD(firstFD + len(s.files) - 1)
+	return s.program() + childFD(len(s.files))
 }
 
 // put copies b to the child's data and returns its address there.
@@ -74,14 +86,8 @@ func (s *script) str(v string) uintptr { return s.put(append([]byte(v), 0)) }
 // word reserves a result.
 func (s *script) word() ref { return ref(s.put(make([]byte, 8))) }
 
-// cell reserves a word of the record, which the parent sees after a failure.
-func (s *script) cell() (ref, int, bool) {
-	if s.cells == maxCells {
-		return 0, 0, false
-	}
-	s.cells++
-	return ref(dataBase + 16 + 8*uintptr(s.cells-1)), s.cells - 1, true
-}
+// cell is word i of the record, which the parent sees after a failure.
+func (s *script) cell(i int) ref { return ref(dataBase + 16 + 8*uintptr(i)) }
 
 // strs lays out a NULL-terminated array of strings.
 func (s *script) strs(v []string) uintptr {
@@ -162,6 +168,64 @@ func (c call) skip(n int) call {
 	return c
 }
 
+// test appends a comparison: the script goes on if v&mask == want. Otherwise it
+// fails with e, or takes the way that ignore and skip give it.
+func (s *script) test(name string, v ref, mask, want int, e unix.Errno) call {
+	return s.do(name, testNR, v, mask, want, int(e))
+}
+
+// jump leaves out the next n ops.
+func (s *script) jump(n int) {
+	s.do("jump", testNR, 0, 0, 1, int(unix.EPERM)).ignore(unix.EPERM).skip(n)
+}
+
+// Messages on the status pipe, of two words each. What is longer is a record.
+const (
+	msgSize    = 16
+	msgPid     = 1 // the process goes on as the pid given: its first one ends
+	msgHold    = 2 // it waits
+	msgFilter  = 3 // it waits; the descriptor given is its seccomp listener
+	maxMessage = 3
+)
+
+// tell appends the sending of a message with a value that an earlier op left.
+func (s *script) tell(kind int, value ref) {
+	b := make([]byte, msgSize)
+	binary.LittleEndian.PutUint64(b, uint64(kind))
+	at := s.put(b)
+	if value != 0 {
+		// The kernel reads the second word from where the op put it: two parts.
+		iov := make([]byte, 0, 32)
+		for _, part := range []uintptr{at, uintptr(value)} {
+			iov = binary.LittleEndian.AppendUint64(iov, uint64(part))
+			iov = binary.LittleEndian.AppendUint64(iov, 8)
+		}
+		s.do("status", unix.SYS_WRITEV, s.status(), iov, 2)
+		return
+	}
+	s.do("status", unix.SYS_WRITE, s.status(), at, msgSize)
+}
+
+// wait appends a wait for one byte from f. The end of f, when everybody who
+// could write to it is gone, ends the script.
+func (s *script) wait(f childFD) {
+	n := s.do("wait", unix.SYS_READ, f, make([]byte, 8), 1).out()
+	s.test("wait: the runtime is gone", n, -1, 1, unix.ECANCELED)
+}
+
+// forkInside appends a fork: the script goes on in the child, which has flags'
+// new namespaces and the PID namespace that the script joined, and is the
+// runtime's child like the process that made it. That one tells its pid and ends.
+func (s *script) forkInside(flags int) {
+	args := make([]byte, 88) // struct clone_args; no exit signal: CLONE_PARENT takes over the caller's
+	binary.LittleEndian.PutUint64(args, uint64(flags|unix.CLONE_PARENT))
+	pid := s.do("clone3", unix.SYS_CLONE3, args, len(args)).out()
+	s.test("clone3", pid, -1, 0, unix.EPERM).ignore(unix.EPERM).skip(1)
+	s.jump(2)
+	s.tell(msgPid, pid)
+	s.do("exit", unix.SYS_EXIT_GROUP, 0)
+}
+
 // record is what a failed script reports.
 type record struct {
 	name  string
@@ -169,16 +233,17 @@ type record struct {
 	cells [maxCells]int64
 }
 
-func (s *script) parse(b []byte) (record, error) {
+// parseRecord reads a record; names are those of the ops from number first on.
+func parseRecord(b []byte, names []string, first int) (record, error) {
 	var r record
 	if len(b) < recordSize {
 		return r, fmt.Errorf("start program: short status of %d bytes", len(b))
 	}
 	i := (binary.LittleEndian.Uint64(b) - opsBase) / uint64(opSize)
-	if i >= uint64(len(s.names)) {
-		return r, fmt.Errorf("start program: status names op %d of %d", i, len(s.names))
+	if i < uint64(first) || i-uint64(first) >= uint64(len(names)) {
+		return r, fmt.Errorf("start program: status names op %d of %d to %d", i, first, first+len(names)-1)
 	}
-	r.name, r.errno = s.names[i], unix.Errno(binary.LittleEndian.Uint64(b[8:]))
+	r.name, r.errno = names[i-uint64(first)], unix.Errno(binary.LittleEndian.Uint64(b[8:]))
 	for k := range r.cells {
 		r.cells[k] = int64(binary.LittleEndian.Uint64(b[16+8*k:]))
 	}

@@ -32,6 +32,9 @@ func hosts(t *testing.T) map[string]*Host {
 	out := map[string]*Host{"v2": {Unified: h.Unified}}
 	if !h.V2() {
 		out["v1"] = &Host{V1: h.V1}
+		if h.Unified != "" {
+			out["hybrid"] = h
+		}
 	}
 	if h.Unified == "" {
 		delete(out, "v2")
@@ -262,7 +265,7 @@ func TestSettingsV2(t *testing.T) {
 	for _, s := range sets {
 		got = append(got, s.file+"="+s.value)
 	}
-	want := "memory.max=100 memory.swap.max=50 memory.low=50 cpu.weight=39 cpu.max=max 100000 cpuset.cpus=0-1 pids.max=max hugetlb.2MB.max=4 memory.high=90"
+	want := "memory.max=100 memory.swap.max=50 memory.low=50 cpu.weight=100 cpu.max=max 100000 cpuset.cpus=0-1 pids.max=max hugetlb.2MB.max=4 hugetlb.2MB.rsvd.max=4 memory.high=90"
 	if s := strings.Join(got, " "); s != want {
 		t.Errorf("settings %q, want %q", s, want)
 	}
@@ -278,7 +281,7 @@ func TestSettingsV2(t *testing.T) {
 
 func TestClean(t *testing.T) {
 	for in, want := range map[string]string{
-		"/a/b": "a/b", "a": "a", "/kubepods.slice/x//y": "kubepods.slice/x/y", "": "", "/": "", "/a/../b": "", "..": "", "slice:cri:id": "",
+		"/a/b": "/a/b", "a": "a", "a//b/": "a/b", "/kubepods.slice/x//y": "/kubepods.slice/x/y", "": "", "/": "", "/a/../b": "", "..": "", "slice:cri:id": "",
 	} {
 		got, err := Clean(in)
 		if got != want || (want == "") != errors.Is(err, errdefs.ErrInvalidArgument) {

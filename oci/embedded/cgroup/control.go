@@ -52,8 +52,9 @@ func (c *Cgroup) OOMKills() (uint64, error) {
 // freezeWait bounds the wait for a cgroup to freeze.
 const freezeWait = 10 * time.Second
 
-// Freeze stops all processes of the cgroup and returns once they stand.
-func (c *Cgroup) Freeze() error {
+// Freeze stops all processes of the cgroup and returns once they stand. On error
+// they go on.
+func (c *Cgroup) Freeze() (err error) {
 	dir, err := c.controllerDir("freezer")
 	if err != nil {
 		return err
@@ -62,9 +63,23 @@ func (c *Cgroup) Freeze() error {
 	if c.host.V2() {
 		file, value, state = "cgroup.freeze", "1", "cgroup.events"
 	}
+	defer func() {
+		if err != nil && !errors.Is(err, fs.ErrNotExist) {
+			err = errors.Join(err, c.Thaw())
+		}
+	}()
 	deadline := time.Now().Add(freezeWait)
-	for pause := 50 * time.Microsecond; ; pause = min(2*pause, 10*time.Millisecond) {
-		// Written again each time: a process forked meanwhile may stay FREEZING on v1.
+	pause := 50 * time.Microsecond
+	for i := 1; ; i++ {
+		// Written again each time: on v1 a process forked or moved in meanwhile keeps
+		// the cgroup FREEZING for ever. Thawing it now and then lets such a process get
+		// to where it can be frozen.
+		if i%50 == 0 && !c.host.V2() {
+			if err := c.Thaw(); err != nil {
+				return err
+			}
+			time.Sleep(10 * time.Millisecond)
+		}
 		if err := writeFile(filepath.Join(dir, file), value); err != nil {
 			return err
 		}
@@ -76,9 +91,10 @@ func (c *Cgroup) Freeze() error {
 			return nil
 		}
 		if time.Now().After(deadline) {
-			return errors.Join(fmt.Errorf("cgroup %s: not frozen after %s: %w", c.path, freezeWait, errdefs.ErrUnavailable), c.Thaw())
+			return fmt.Errorf("cgroup %s: not frozen after %s: %w", c.path, freezeWait, errdefs.ErrUnavailable)
 		}
 		time.Sleep(pause)
+		pause = min(2*pause, 10*time.Millisecond)
 	}
 }
 
@@ -94,12 +110,43 @@ func (c *Cgroup) Thaw() error {
 	return writeFile(filepath.Join(dir, "freezer.state"), "THAWED")
 }
 
+// Frozen reports whether the cgroup itself was told to freeze: not one that
+// stands only because a cgroup above it is frozen.
+func (c *Cgroup) Frozen() (bool, error) {
+	dir, err := c.controllerDir("freezer")
+	if err != nil {
+		return false, err
+	}
+	file := "freezer.self_freezing"
+	if c.host.V2() {
+		file = "cgroup.freeze"
+	}
+	text, err := readFile(filepath.Join(dir, file))
+	return text == "1", err
+}
+
+// whileFrozen calls f while the processes stand; a paused container stays paused.
+func (c *Cgroup) whileFrozen(f func() error) (err error) {
+	was, err := c.Frozen()
+	if err != nil {
+		return err
+	}
+	if !was {
+		if err := c.Freeze(); err != nil {
+			return err
+		}
+		defer func() { err = errors.Join(err, c.Thaw()) }()
+	}
+	return f()
+}
+
 // KillAll sends SIGKILL to all processes of the cgroup and below, frozen ones
 // included. It returns once all are sent; they may still be dying.
 func (c *Cgroup) KillAll() error {
 	if c.host.V2() {
 		err := writeFile(filepath.Join(c.dirs[0].path, "cgroup.kill"), "1")
-		if !errors.Is(err, fs.ErrNotExist) {
+		// A threaded cgroup takes no cgroup.kill.
+		if !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, unix.EOPNOTSUPP) {
 			return err
 		}
 		if _, serr := os.Stat(c.dirs[0].path); serr != nil {
@@ -109,64 +156,86 @@ func (c *Cgroup) KillAll() error {
 	return c.killEach()
 }
 
+// killRounds bounds the rounds of killEach against a cgroup that can not be
+// frozen and forks faster than it is killed.
+const killRounds = 100
+
 // killEach is for kernels without cgroup.kill: the cgroup is frozen so that no
-// fork escapes the list, and thawed for the signals to act.
+// fork escapes the list, and thawed for the signals to act, whatever failed.
 func (c *Cgroup) killEach() error {
-	dir := c.dirs[0].path
-	if d, err := c.controllerDir("freezer"); err == nil {
-		dir = d
-	}
-	if _, err := os.Stat(dir); errors.Is(err, fs.ErrNotExist) {
-		return nil
-	}
-	pids, err := processes(dir)
-	if err != nil || len(pids) == 0 {
-		return err
-	}
-	ferr := c.Freeze()
-	pids, err = processes(dir)
-	for _, p := range pids {
-		if kerr := unix.Kill(p, unix.SIGKILL); kerr != nil && kerr != unix.ESRCH {
-			err = errors.Join(err, fmt.Errorf("kill %d: %w", p, kerr))
+	dir := c.freezerDir()
+	for range killRounds {
+		pids, err := processes(dir)
+		if err != nil || len(pids) == 0 {
+			return err
+		}
+		ferr := c.Freeze()
+		pids, err = processes(dir)
+		for _, p := range pids {
+			if kerr := unix.Kill(p, unix.SIGKILL); kerr != nil && kerr != unix.ESRCH {
+				err = errors.Join(err, fmt.Errorf("kill %d: %w", p, kerr))
+			}
+		}
+		if terr := c.thawAll(dir); terr != nil && ferr == nil {
+			err = errors.Join(err, terr)
+		}
+		if ferr == nil || err != nil {
+			return err
 		}
 	}
-	if terr := c.Thaw(); terr != nil && ferr == nil {
-		err = errors.Join(err, terr)
+	return fmt.Errorf("cgroup %s: its processes could not be frozen and fork faster than they are killed: %w", c.path, errdefs.ErrUnavailable)
+}
+
+// thawAll thaws the cgroup and those that the container made and froze below it:
+// on v1 a frozen process does not act on SIGKILL.
+func (c *Cgroup) thawAll(dir string) error {
+	if c.host.V2() {
+		return c.Thaw()
 	}
+	err := c.Thaw()
+	walk(dir, func(at string) {
+		if at != dir {
+			_ = writeFile(filepath.Join(at, "freezer.state"), "THAWED")
+		}
+	})
 	return err
 }
 
-// Processes lists the processes in the cgroup and below.
-func (c *Cgroup) Processes() ([]int, error) {
-	dir := c.dirs[0].path
+func (c *Cgroup) freezerDir() string {
 	if d, err := c.controllerDir("freezer"); err == nil {
-		dir = d
+		return d
 	}
-	return processes(dir)
+	return c.dirs[0].path
 }
+
+// Processes lists the processes in the cgroup and below.
+func (c *Cgroup) Processes() ([]int, error) { return processes(c.freezerDir()) }
 
 func processes(dir string) ([]int, error) {
 	var pids []int
-	err := filepath.WalkDir(dir, func(p string, d fs.DirEntry, err error) error {
-		if err != nil {
-			if errors.Is(err, fs.ErrNotExist) {
-				return nil
-			}
-			return err
+	var failed error
+	walk(dir, func(at string) {
+		text, err := readFile(filepath.Join(at, "cgroup.procs"))
+		// EOPNOTSUPP: a threaded cgroup, whose processes the one above it lists.
+		if err != nil && !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, unix.ENODEV) && !errors.Is(err, unix.EOPNOTSUPP) {
+			failed = errors.Join(failed, err)
 		}
-		if !d.IsDir() {
-			return nil
-		}
-		text, err := os.ReadFile(filepath.Join(p, "cgroup.procs"))
-		if err != nil && !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, unix.ENODEV) {
-			return err
-		}
-		for _, f := range strings.Fields(string(text)) {
+		for f := range strings.FieldsSeq(text) {
 			if n, err := strconv.Atoi(f); err == nil && n > 0 {
 				pids = append(pids, n)
 			}
 		}
+	})
+	return pids, failed
+}
+
+// walk calls f for a cgroup and those below it. Those that go meanwhile are
+// left out: they have no processes.
+func walk(dir string, f func(dir string)) {
+	_ = filepath.WalkDir(dir, func(p string, d fs.DirEntry, err error) error {
+		if err == nil && d.IsDir() {
+			f(p)
+		}
 		return nil
 	})
-	return pids, err
 }

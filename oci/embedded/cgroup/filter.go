@@ -1,11 +1,7 @@
 package cgroup
 
 import (
-	"encoding/binary"
-	"fmt"
-	"runtime"
 	"slices"
-	"unsafe"
 
 	"golang.org/x/sys/unix"
 )
@@ -100,57 +96,4 @@ func accessBits(s string) int32 {
 		}
 	}
 	return a
-}
-
-// attachDeviceFilter loads the program and attaches it to a v2 cgroup. The
-// cgroup holds the program; no fd stays open.
-func attachDeviceFilter(dir string, rs []rule) error {
-	var text []byte
-	for _, i := range deviceProgram(rs) {
-		text = append(text, i.code, i.regs)
-		text = binary.NativeEndian.AppendUint16(text, uint16(i.off))
-		text = binary.NativeEndian.AppendUint32(text, uint32(i.imm))
-	}
-	license := []byte("Apache-2.0\x00")
-	load := struct {
-		kind, count      uint32
-		insns, license   uint64
-		logLevel, logLen uint32
-		log              uint64
-		version, flags   uint32
-	}{kind: unix.BPF_PROG_TYPE_CGROUP_DEVICE, count: uint32(len(text) / 8)}
-	load.insns = uint64(uintptr(unsafe.Pointer(&text[0])))
-	load.license = uint64(uintptr(unsafe.Pointer(&license[0])))
-	prog, err := bpf(unix.BPF_PROG_LOAD, unsafe.Pointer(&load), unsafe.Sizeof(load))
-	runtime.KeepAlive(text)
-	runtime.KeepAlive(license)
-	if err != nil {
-		return fmt.Errorf("linux.resources.devices: load device filter: %w", err)
-	}
-	defer unix.Close(prog)
-	fd, err := unix.Open(dir, unix.O_DIRECTORY|unix.O_RDONLY|unix.O_CLOEXEC, 0)
-	if err != nil {
-		return fmt.Errorf("cgroup %s: %w", dir, err)
-	}
-	defer unix.Close(fd)
-	attach := struct{ target, prog, kind, flags uint32 }{uint32(fd), uint32(prog), unix.BPF_CGROUP_DEVICE, unix.BPF_F_ALLOW_MULTI}
-	if _, err := bpf(unix.BPF_PROG_ATTACH, unsafe.Pointer(&attach), unsafe.Sizeof(attach)); err != nil {
-		return fmt.Errorf("linux.resources.devices: attach device filter to %s: %w", dir, err)
-	}
-	return nil
-}
-
-// bpf repeats the call on EAGAIN: the verifier gives up when a signal, such as
-// the Go runtime's preemption, is pending.
-func bpf(cmd int, attr unsafe.Pointer, size uintptr) (int, error) {
-	for {
-		r, _, e := unix.Syscall(unix.SYS_BPF, uintptr(cmd), uintptr(attr), size)
-		if e == unix.EAGAIN || e == unix.EINTR {
-			continue
-		}
-		if e != 0 {
-			return -1, e
-		}
-		return int(r), nil
-	}
 }

@@ -1,10 +1,12 @@
-// Package cgroup makes and limits the cgroups of containers, through the file
-// system interface of cgroup v1 and v2 alone.
+// Package cgroup makes, limits, reads and removes the cgroups of containers on
+// cgroup v1, v2 and hybrid hosts. *Host does so through the file system alone;
+// the package systemd below has systemd make them.
 //
 // On v2 a process is born in its cgroup (clone3). On v1 the single-threaded
 // child writes "0" to the tasks files it inherits: a write to cgroup.procs
 // takes the kernel's threadgroup lock and waits for an RCU grace period,
-// 7-11 ms on a quiet machine.
+// 7-11 ms on a quiet machine. On a hybrid host it does both: limits live in v1,
+// and the container has a directory without limits in the v2 hierarchy too.
 package cgroup
 
 import (
@@ -13,11 +15,27 @@ import (
 	"io"
 	"os"
 	"path"
+	"path/filepath"
 	"slices"
 	"strings"
 
 	"github.com/containerd/errdefs"
+	specs "github.com/opencontainers/runtime-spec/specs-go"
 )
+
+// Manager makes cgroups. *Host is the one that asks nobody; systemd.Driver has
+// systemd make them.
+type Manager interface {
+	// Check refuses a linux.cgroupsPath that the manager can not read, with an
+	// error of kind InvalidArgument.
+	Check(path string) error
+	// Create makes the cgroup at path (linux.cgroupsPath) with limits and device
+	// rules; see Host.Create. When the cgroup's NeedsProcess says so, nothing is
+	// there until its Adopt.
+	Create(path string, r *specs.LinuxResources) (c *Cgroup, warnings []string, err error)
+	// Open returns the cgroup that Create made for path, as it is.
+	Open(path string) (*Cgroup, error)
+}
 
 // Controller is one mounted cgroup v1 hierarchy.
 type Controller struct {
@@ -35,8 +53,13 @@ type Host struct {
 	Unified string // mount point of cgroup v2, "" if there is none
 }
 
+var _ Manager = (*Host)(nil)
+
 // V2 reports whether the host's controllers are those of cgroup v2.
 func (h *Host) V2() bool { return len(h.V1) == 0 }
+
+// Hybrid reports whether the host has v1 controllers and the v2 hierarchy.
+func (h *Host) Hybrid() bool { return len(h.V1) > 0 && h.Unified != "" }
 
 // Detect reads the cgroup mounts of the calling process.
 func Detect() (*Host, error) {
@@ -97,11 +120,81 @@ func unescape(s string) string {
 	return strings.NewReplacer(`\040`, " ", `\011`, "\t", `\012`, "\n", `\134`, `\`).Replace(s)
 }
 
-// Clean checks a cgroups path of a spec and returns it relative, without "..".
+// Clean checks a cgroups path of a spec and returns it without needless slashes.
+// An absolute path lies below the root of each hierarchy. A relative one lies
+// below the caller's own cgroup in each v1 hierarchy, and beside it on v2, where
+// a cgroup with processes can not hand controllers down (as runc chooses;
+// runtime-spec, "Cgroups Path").
 func Clean(p string) (string, error) {
 	c := path.Clean("/" + p)
 	if p == "" || c == "/" || strings.Contains(p, ":") || slices.Contains(strings.Split(p, "/"), "..") {
 		return "", fmt.Errorf("linux.cgroupsPath %q: want a path such as \"/pod/container\" below the cgroup root: %w", p, errdefs.ErrInvalidArgument)
 	}
-	return c[1:], nil
+	if p[0] != '/' {
+		return c[1:], nil
+	}
+	return c, nil
 }
+
+// Check implements Manager.
+func (h *Host) Check(path string) error {
+	_, err := Clean(path)
+	return err
+}
+
+// at returns the cgroup of a cleaned path.
+func (h *Host) at(p string) (*Cgroup, error) {
+	c := &Cgroup{host: h, path: p}
+	base := func(Controller) (string, error) { return "/", nil }
+	if p[0] != '/' {
+		own, err := readFile("/proc/self/cgroup")
+		if err != nil {
+			return nil, fmt.Errorf("linux.cgroupsPath %q: relative: %w", p, err)
+		}
+		base = func(d Controller) (string, error) { return ownCgroup(own, d, h.V2()) }
+	}
+	for _, d := range h.hierarchies() {
+		b, err := base(d)
+		if err != nil {
+			return nil, fmt.Errorf("linux.cgroupsPath %q: relative: %w", p, err)
+		}
+		rel := path.Join(b, p)[1:]
+		c.dirs = append(c.dirs, dir{Controller: d, rel: rel, path: filepath.Join(d.Mount, rel)})
+	}
+	return c, nil
+}
+
+// hierarchies lists where a container has a directory; the v2 one has no names.
+func (h *Host) hierarchies() []Controller {
+	if h.Unified == "" {
+		return h.V1
+	}
+	return append(slices.Clip(h.V1), Controller{Mount: h.Unified})
+}
+
+// ownCgroup reads, from the text of /proc/self/cgroup, where a relative path
+// starts in a hierarchy.
+func ownCgroup(text string, d Controller, v2 bool) (string, error) {
+	for line := range strings.Lines(text) {
+		f := strings.SplitN(strings.TrimSpace(line), ":", 3)
+		if len(f) != 3 {
+			continue
+		}
+		own := f[2]
+		if d.unified() && f[0] == "0" && f[1] == "" {
+			if v2 {
+				own = path.Dir(own)
+			}
+		} else if f[1] == "" || !d.Has(strings.Split(f[1], ",")[0]) {
+			continue
+		}
+		if slices.Contains(strings.Split(own, "/"), "..") || !strings.HasPrefix(own, "/") {
+			return "", fmt.Errorf("own cgroup %q lies outside of the mount %s: give an absolute path: %w", own, d.Mount, errdefs.ErrFailedPrecondition)
+		}
+		return own, nil
+	}
+	return "", fmt.Errorf("own cgroup in %s: not listed: %w", d.Mount, errdefs.ErrFailedPrecondition)
+}
+
+// unified reports whether this is the hierarchy of cgroup v2.
+func (c Controller) unified() bool { return len(c.Names) == 0 }

@@ -3,8 +3,7 @@ package cgroup
 import (
 	"errors"
 	"fmt"
-	"maps"
-	"os"
+	"io/fs"
 	"path/filepath"
 	"slices"
 	"strconv"
@@ -12,6 +11,7 @@ import (
 
 	"github.com/containerd/errdefs"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
+	"golang.org/x/sys/unix"
 )
 
 // setting is one value to write. controller is looked up among the v1
@@ -21,314 +21,283 @@ type setting struct {
 	file       string
 	value      string
 	field      string // of the spec, for errors
+
+	alt, altValue string // where the kernel has no file
+
+	// lacking says, as a warning, what is left out where the kernel has no file; it
+	// is for limits that only refine others. quiet leaves it out without a word.
+	lacking string
+	quiet   bool
+
+	// key is the first word of the setting's line in a file with one line for each
+	// device, and unset the value of a device that has no line.
+	key, unset string
+
+	// merge makes the value of an update from what the file shows.
+	merge func(now string) string
 }
 
-// settings turns limits into file writes, in an order the kernel accepts when
-// the cgroup is new. Limits whose file is missing and that only refine another
-// (swap accounting switched off) become warnings.
-func (h *Host) settings(r *specs.LinuxResources) ([]setting, []string, error) {
-	if h.V2() {
-		return settingsV2(r)
-	}
-	return h.settingsV1(r)
+// plan is what the resources of a spec come to on this host.
+type plan struct {
+	settings []setting
+	rules    []rule    // for v2
+	devices  deviceSet // for v1
+	warnings []string
 }
 
-func (h *Host) settingsV1(r *specs.LinuxResources) (out []setting, warnings []string, err error) {
-	if len(r.Unified) > 0 {
-		return nil, nil, fmt.Errorf("linux.resources.unified: this host has cgroup v1; remove the field: %w", errdefs.ErrInvalidArgument)
+// plan checks all of r before anything is made or changed.
+func (c *Cgroup) plan(r *specs.LinuxResources) (*plan, error) {
+	p := &plan{}
+	var err error
+	if p.rules, err = rules(r.Devices); err != nil {
+		return nil, err
 	}
-	add := func(field, controller, file, value string) {
-		out = append(out, setting{controller, file, value, "linux.resources." + field})
-	}
-	if m := r.Memory; m != nil {
-		if m.Limit != nil && *m.Limit != 0 {
-			add("memory.limit", "memory", "memory.limit_in_bytes", num(*m.Limit))
-		}
-		if m.Swap != nil && *m.Swap != 0 {
-			if h.hasFile("memory", "memory.memsw.limit_in_bytes") {
-				add("memory.swap", "memory", "memory.memsw.limit_in_bytes", num(*m.Swap))
-			} else {
-				warnings = append(warnings, "linux.resources.memory.swap: this kernel does not account swap")
-			}
-		}
-		if m.Reservation != nil && *m.Reservation != 0 {
-			add("memory.reservation", "memory", "memory.soft_limit_in_bytes", num(*m.Reservation))
-		}
-		if m.DisableOOMKiller != nil && *m.DisableOOMKiller {
-			add("memory.disableOOMKiller", "memory", "memory.oom_control", "1")
-		}
-		if m.Swappiness != nil {
-			add("memory.swappiness", "memory", "memory.swappiness", num(*m.Swappiness))
-		}
-	}
-	if c := r.CPU; c != nil {
-		if c.Shares != nil && *c.Shares != 0 {
-			add("cpu.shares", "cpu", "cpu.shares", num(*c.Shares))
-		}
-		if c.Period != nil && *c.Period != 0 {
-			add("cpu.period", "cpu", "cpu.cfs_period_us", num(*c.Period))
-		}
-		if c.Quota != nil && *c.Quota != 0 {
-			add("cpu.quota", "cpu", "cpu.cfs_quota_us", num(*c.Quota))
-		}
-		if c.Burst != nil && *c.Burst != 0 {
-			add("cpu.burst", "cpu", "cpu.cfs_burst_us", num(*c.Burst))
-		}
-		if c.Cpus != "" {
-			add("cpu.cpus", "cpuset", "cpuset.cpus", c.Cpus)
-		}
-		if c.Mems != "" {
-			add("cpu.mems", "cpuset", "cpuset.mems", c.Mems)
-		}
-	}
-	if p := r.Pids; p != nil && p.Limit != nil && *p.Limit != 0 {
-		add("pids.limit", "pids", "pids.max", maxOr(*p.Limit))
-	}
-	for _, l := range r.HugepageLimits {
-		add("hugepageLimits", "hugetlb", "hugetlb."+l.Pagesize+".limit_in_bytes", num(l.Limit))
-	}
-	if b := r.BlockIO; b != nil {
-		if b.Weight != nil && *b.Weight != 0 {
-			file := "blkio.weight"
-			if !h.hasFile("blkio", file) {
-				file = "blkio.bfq.weight"
-			}
-			if h.hasFile("blkio", file) {
-				add("blockIO.weight", "blkio", file, num(*b.Weight))
-			} else {
-				warnings = append(warnings, "linux.resources.blockIO.weight: no block scheduler with weights")
-			}
-		}
-		throttles(b, func(field string, d specs.LinuxThrottleDevice, v1, _ string) {
-			add("blockIO."+field, "blkio", v1, fmt.Sprintf("%d:%d %d", d.Major, d.Minor, d.Rate))
-		})
-	}
-	if n := r.Network; n != nil {
-		return nil, nil, fmt.Errorf("linux.resources.network: network classes are not supported; remove the field: %w", errdefs.ErrNotImplemented)
-	}
-	return out, warnings, nil
-}
-
-func settingsV2(r *specs.LinuxResources) (out []setting, warnings []string, err error) {
-	add := func(field, file, value string) {
-		out = append(out, setting{"", file, value, "linux.resources." + field})
-	}
-	if m := r.Memory; m != nil {
-		if m.Limit != nil && *m.Limit != 0 {
-			add("memory.limit", "memory.max", maxOr(*m.Limit))
-		}
-		if m.Swap != nil && *m.Swap != 0 {
-			v := "max"
-			if *m.Swap > 0 {
-				// v1 counts memory + swap, v2 swap alone.
-				if m.Limit == nil || *m.Limit <= 0 || *m.Swap < *m.Limit {
-					return nil, nil, fmt.Errorf("linux.resources.memory.swap %d: want at least memory.limit, which must be set: %w", *m.Swap, errdefs.ErrInvalidArgument)
-				}
-				v = num(*m.Swap - *m.Limit)
-			}
-			add("memory.swap", "memory.swap.max", v)
-		}
-		if m.Reservation != nil && *m.Reservation != 0 {
-			add("memory.reservation", "memory.low", maxOr(*m.Reservation))
-		}
-		if m.DisableOOMKiller != nil && *m.DisableOOMKiller {
-			warnings = append(warnings, "linux.resources.memory.disableOOMKiller: not in cgroup v2")
-		}
-	}
-	if c := r.CPU; c != nil {
-		if c.Shares != nil && *c.Shares != 0 {
-			add("cpu.shares", "cpu.weight", num(Weight(*c.Shares)))
-		}
-		quota, period := "", ""
-		if c.Quota != nil && *c.Quota != 0 {
-			quota = maxOr(*c.Quota)
-		}
-		if c.Period != nil && *c.Period != 0 {
-			period = num(*c.Period)
-		}
-		switch {
-		case quota != "" && period != "":
-			add("cpu.quota", "cpu.max", quota+" "+period)
-		case quota != "":
-			add("cpu.quota", "cpu.max", quota)
-		case period != "":
-			add("cpu.period", "cpu.max", "max "+period)
-		}
-		if c.Burst != nil && *c.Burst != 0 {
-			add("cpu.burst", "cpu.max.burst", num(*c.Burst))
-		}
-		if c.Idle != nil && *c.Idle != 0 {
-			add("cpu.idle", "cpu.idle", num(*c.Idle))
-		}
-		if c.Cpus != "" {
-			add("cpu.cpus", "cpuset.cpus", c.Cpus)
-		}
-		if c.Mems != "" {
-			add("cpu.mems", "cpuset.mems", c.Mems)
-		}
-	}
-	if p := r.Pids; p != nil && p.Limit != nil && *p.Limit != 0 {
-		add("pids.limit", "pids.max", maxOr(*p.Limit))
-	}
-	for _, l := range r.HugepageLimits {
-		add("hugepageLimits", "hugetlb."+l.Pagesize+".max", num(l.Limit))
-	}
-	if b := r.BlockIO; b != nil {
-		if b.Weight != nil && *b.Weight != 0 {
-			// blkio weights are 10-1000, io.weight is 1-10000.
-			add("blockIO.weight", "io.weight", num(1+(uint64(*b.Weight)-10)*9999/990))
-		}
-		throttles(b, func(field string, d specs.LinuxThrottleDevice, _, key string) {
-			add("blockIO."+field, "io.max", fmt.Sprintf("%d:%d %s=%d", d.Major, d.Minor, key, d.Rate))
-		})
-	}
-	for _, k := range slices.Sorted(maps.Keys(r.Unified)) {
-		if strings.ContainsAny(k, "/\x00") || !strings.Contains(k, ".") || strings.HasPrefix(k, "cgroup.") {
-			return nil, nil, fmt.Errorf("linux.resources.unified: %q is no limit of cgroup v2: %w", k, errdefs.ErrInvalidArgument)
-		}
-		add("unified", k, r.Unified[k])
-	}
-	return out, warnings, nil
-}
-
-func throttles(b *specs.LinuxBlockIO, add func(field string, d specs.LinuxThrottleDevice, v1, v2 string)) {
-	for _, t := range []struct {
-		field   string
-		devices []specs.LinuxThrottleDevice
-		v1, v2  string
-	}{
-		{"throttleReadBpsDevice", b.ThrottleReadBpsDevice, "blkio.throttle.read_bps_device", "rbps"},
-		{"throttleWriteBpsDevice", b.ThrottleWriteBpsDevice, "blkio.throttle.write_bps_device", "wbps"},
-		{"throttleReadIOPSDevice", b.ThrottleReadIOPSDevice, "blkio.throttle.read_iops_device", "riops"},
-		{"throttleWriteIOPSDevice", b.ThrottleWriteIOPSDevice, "blkio.throttle.write_iops_device", "wiops"},
-	} {
-		for _, d := range t.devices {
-			add(t.field, d, t.v1, t.v2)
-		}
-	}
-}
-
-// Weight converts cgroup v1 CPU shares (2-262144) to a v2 weight (1-10000).
-func Weight(shares uint64) uint64 {
-	shares = min(max(shares, 2), 262144)
-	return 1 + (shares-2)*9999/262142
-}
-
-func num[T ~int64 | ~uint64 | ~uint16](v T) string { return fmt.Sprint(v) }
-
-// maxOr writes -1, and anything negative, as "max".
-func maxOr(v int64) string {
-	if v < 0 {
-		return "max"
-	}
-	return strconv.FormatInt(v, 10)
-}
-
-// hasFile asks the hierarchy's root, where memory.memsw and weights show as well.
-func (h *Host) hasFile(controller, file string) bool {
-	for _, c := range h.V1 {
-		if c.Has(controller) {
-			_, err := os.Stat(filepath.Join(c.Mount, file))
-			return err == nil
-		}
-	}
-	return false
-}
-
-// file returns the path of a setting's file.
-func (c *Cgroup) file(s setting) (string, error) {
 	if c.host.V2() {
-		return filepath.Join(c.dirs[0].path, s.file), nil
+		p.settings, p.warnings, err = settingsV2(r)
+		return p, err
+	}
+	if p.devices, err = deviceSetOf(p.rules); err != nil {
+		return nil, err
+	}
+	if p.settings, p.warnings, err = c.host.settingsV1(r); err != nil {
+		return nil, err
+	}
+	for _, s := range p.settings {
+		if _, err := c.dirOf(s); err != nil {
+			return nil, err
+		}
+	}
+	return p, nil
+}
+
+// dirOf returns the directory of a setting's file.
+func (c *Cgroup) dirOf(s setting) (dir, error) {
+	if c.host.V2() {
+		return c.dirs[0], nil
 	}
 	for _, d := range c.dirs {
 		if d.Has(s.controller) {
-			return filepath.Join(d.path, s.file), nil
+			return d, nil
 		}
 	}
-	return "", fmt.Errorf("%s: the %s controller is not mounted: %w", s.field, s.controller, errdefs.ErrFailedPrecondition)
+	return dir{}, fmt.Errorf("%s: the %s controller of cgroup v1 is not mounted: %w", s.field, s.controller, errdefs.ErrFailedPrecondition)
 }
 
-// apply writes the settings to a new cgroup.
-func (c *Cgroup) apply(sets []setting) error {
-	for _, s := range sets {
-		p, err := c.file(s)
-		if err != nil {
-			return err
+// apply writes the settings. Some depend on each other (memory <= memory + swap,
+// burst <= quota, quota / period <= the parent's), and which must go first
+// depends on the values there are; one that is refused is written again after
+// the others.
+func (c *Cgroup) apply(sets []setting, warnings *[]string) error {
+	for len(sets) > 0 {
+		var again []setting
+		var refused error
+		for _, s := range sets {
+			err := c.write(s, warnings)
+			switch {
+			case err == nil:
+			case errors.Is(err, unix.EINVAL), errors.Is(err, unix.EBUSY):
+				again = append(again, s)
+				if refused == nil {
+					refused = err
+				}
+			default:
+				return err
+			}
 		}
-		if err := writeFile(p, s.value); err != nil {
-			return fmt.Errorf("%s: %w", s.field, err)
+		if len(again) == len(sets) {
+			return refused
+		}
+		sets = again
+	}
+	return nil
+}
+
+func (c *Cgroup) write(s setting, warnings *[]string) error {
+	d, err := c.dirOf(s)
+	if err != nil {
+		return err
+	}
+	err = writeFile(filepath.Join(d.path, s.file), s.value)
+	if s.alt != "" && errors.Is(err, fs.ErrNotExist) {
+		err = writeFile(filepath.Join(d.path, s.alt), s.altValue)
+	}
+	switch {
+	case err == nil:
+		return nil
+	case errors.Is(err, fs.ErrNotExist):
+		if c.host.V2() {
+			// A controller that the parent withholds is an error, whatever its file is for.
+			if why := c.host.missing(d, s.file); why != nil && !s.quiet && !tolerated(s) {
+				return fmt.Errorf("%s: %w", s.field, why)
+			}
+		}
+		if s.lacking != "" {
+			*warnings = append(*warnings, s.field+": "+s.lacking)
+		}
+		if s.lacking != "" || s.quiet {
+			return nil
+		}
+		return fmt.Errorf("%s: this kernel has no file %s: %w: %w", s.field, s.file, err, errdefs.ErrFailedPrecondition)
+	case s.lacking != "" && (errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, errNotSupp)):
+		*warnings = append(*warnings, s.field+": "+s.lacking)
+		return nil
+	case s.file == "memory.limit_in_bytes" && errors.Is(err, unix.EBUSY):
+		usage, _ := readFile(filepath.Join(d.path, "memory.usage_in_bytes"))
+		return fmt.Errorf("%s: %w (bytes in use that can not be reclaimed: %s)", s.field, err, usage)
+	}
+	return fmt.Errorf("%s: %w", s.field, err)
+}
+
+// errNotSupp is the kernel's ENOTSUPP, which is not for user space but gets there.
+const errNotSupp = unix.Errno(524)
+
+// tolerated reports a setting that changes nothing where its controller is
+// missing: no limit.
+func tolerated(s setting) bool { return s.value == "max" }
+
+// Update changes limits and device rules in place; unset fields keep their
+// value, and device rules, when there are any, replace all those before. When one
+// write is refused the earlier ones are taken back. warnings are as in Create.
+func (c *Cgroup) Update(r *specs.LinuxResources) (warnings []string, err error) {
+	if c.pending != nil {
+		return nil, fmt.Errorf("cgroup %s: update: it is not made before Adopt: %w", c.path, errdefs.ErrFailedPrecondition)
+	}
+	p, err := c.plan(r)
+	if err != nil {
+		return nil, err
+	}
+	if err := c.checkUsage(r.Memory); err != nil {
+		return nil, err
+	}
+	back, err := c.snapshot(p.settings)
+	if err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, c.apply(back, new([]string)))
+		}
+	}()
+	if err := c.apply(p.settings, &p.warnings); err != nil {
+		return nil, err
+	}
+	if c.unit != nil {
+		// systemd writes what it was told by its own rounding; ours, which the kernel
+		// has just taken, is written over it.
+		if err := c.tellUnit(r); err != nil {
+			return nil, err
+		}
+		if err := c.apply(p.settings, new([]string)); err != nil {
+			return nil, err
+		}
+	}
+	if len(r.Devices) > 0 {
+		if err := c.replaceDevices(p); err != nil {
+			return nil, err
+		}
+	}
+	return p.warnings, nil
+}
+
+// tellUnit updates the unit. On v1 systemd writes device rules by denying
+// everything first: the container stands still meanwhile.
+func (c *Cgroup) tellUnit(r *specs.LinuxResources) error {
+	if len(r.Devices) == 0 || c.host.V2() {
+		return c.unit.Update(r)
+	}
+	return c.whileFrozen(func() error { return c.unit.Update(r) })
+}
+
+// snapshot returns the settings that undo sets, and completes those of sets that
+// depend on what is there.
+func (c *Cgroup) snapshot(sets []setting) ([]setting, error) {
+	var back []setting
+	for i := range sets {
+		s := &sets[i]
+		d, err := c.dirOf(*s)
+		if err != nil {
+			return nil, err
+		}
+		file := s.file
+		was, err := readFile(filepath.Join(d.path, file))
+		if s.alt != "" && errors.Is(err, fs.ErrNotExist) {
+			file = s.alt
+			was, err = readFile(filepath.Join(d.path, file))
+		}
+		if errors.Is(err, fs.ErrNotExist) && c.Exists() {
+			continue // the write says whether that matters
+		}
+		if err != nil {
+			return nil, fmt.Errorf("%s: %w", s.field, err)
+		}
+		if s.merge != nil {
+			s.value = s.merge(was)
+		}
+		if v, ok := s.revert(was); ok {
+			back = append(back, setting{controller: s.controller, file: file, value: v, field: s.field})
+		}
+	}
+	slices.Reverse(back)
+	return back, nil
+}
+
+// revert turns what a file shows into what it takes to have it so again.
+func (s setting) revert(shown string) (string, bool) {
+	if s.key != "" {
+		for line := range strings.Lines(shown) {
+			if f := strings.Fields(line); len(f) > 1 && f[0] == s.key {
+				return strings.TrimSpace(line), true
+			}
+		}
+		return s.key + " " + s.unset, s.unset != ""
+	}
+	if s.file == "memory.oom_control" {
+		for line := range strings.Lines(shown) {
+			if v, ok := strings.CutPrefix(line, "oom_kill_disable "); ok {
+				return strings.TrimSpace(v), true
+			}
+		}
+	}
+	return shown, true
+}
+
+// checkUsage refuses a limit below what is in use, for an update that asks for
+// this check: the kernel would kill for it on v2.
+func (c *Cgroup) checkUsage(m *specs.LinuxMemory) error {
+	if m == nil || m.CheckBeforeUpdate == nil || !*m.CheckBeforeUpdate {
+		return nil
+	}
+	d, err := c.controllerDir("memory")
+	if err != nil {
+		return err
+	}
+	file := "memory.usage_in_bytes"
+	if c.host.V2() {
+		file = "memory.current"
+	}
+	text, err := readFile(filepath.Join(d, file))
+	if err != nil {
+		return fmt.Errorf("linux.resources.memory.checkBeforeUpdate: %w", err)
+	}
+	usage, err := strconv.ParseInt(text, 10, 64)
+	if err != nil {
+		return fmt.Errorf("linux.resources.memory.checkBeforeUpdate: %s: %w", file, err)
+	}
+	for field, limit := range map[string]*int64{"limit": m.Limit, "swap": m.Swap} {
+		if limit != nil && *limit > 0 && *limit <= usage {
+			return fmt.Errorf("linux.resources.memory.%s %d: not above the %d bytes in use (checkBeforeUpdate): %w", field, *limit, usage, errdefs.ErrFailedPrecondition)
 		}
 	}
 	return nil
 }
 
-// Update changes limits in place; unset fields keep their value. When one write
-// is refused the earlier ones are taken back. warnings are as in Create.
-func (c *Cgroup) Update(r *specs.LinuxResources) (warnings []string, err error) {
-	if len(r.Devices) > 0 {
-		return nil, fmt.Errorf("linux.resources.devices: device rules can not be updated: %w", errdefs.ErrNotImplemented)
-	}
-	sets, warnings, err := c.host.settings(r)
-	if err != nil {
-		return nil, err
-	}
-	type old struct{ path, value string }
-	var done []old
-	for _, s := range c.ordered(sets) {
-		p, err := c.file(s)
-		if err == nil {
-			var was string
-			if was, err = readFile(p); err == nil {
-				if err = writeFile(p, s.value); err == nil {
-					done = append(done, old{p, was})
-					continue
-				}
-			}
-		}
-		err = fmt.Errorf("%s: %w", s.field, err)
-		for _, o := range slices.Backward(done) {
-			err = errors.Join(err, writeFile(o.path, revertValue(o.path, o.value)))
-		}
-		return nil, err
-	}
-	return warnings, nil
-}
-
-// revertValue turns what a file shows into what it takes.
-func revertValue(path, shown string) string {
-	if filepath.Base(path) == "memory.oom_control" {
-		for line := range strings.Lines(shown) {
-			if v, ok := strings.CutPrefix(line, "oom_kill_disable "); ok {
-				return strings.TrimSpace(v)
-			}
+// hasFile asks the hierarchy's root, where memory.memsw shows as well.
+func (h *Host) hasFile(controller, file string) bool {
+	for _, c := range h.V1 {
+		if c.Has(controller) {
+			var st unix.Stat_t
+			return unix.Stat(filepath.Join(c.Mount, file), &st) == nil
 		}
 	}
-	return shown
-}
-
-// ordered sorts updates that depend on each other: v1 keeps memory <= memory +
-// swap at each moment, and quota against period of the parent, so a raised
-// upper bound is written first.
-func (c *Cgroup) ordered(sets []setting) []setting {
-	lim := slices.IndexFunc(sets, func(s setting) bool { return s.file == "memory.limit_in_bytes" })
-	swp := slices.IndexFunc(sets, func(s setting) bool { return s.file == "memory.memsw.limit_in_bytes" })
-	if lim < 0 || swp < 0 {
-		return sets
-	}
-	p, err := c.file(sets[swp])
-	if err != nil {
-		return sets
-	}
-	now, err := readFile(p)
-	if err != nil {
-		return sets
-	}
-	cur, err1 := strconv.ParseInt(now, 10, 64)
-	want, err2 := strconv.ParseInt(sets[swp].value, 10, 64)
-	if err1 != nil || err2 != nil || want >= 0 && want < cur {
-		return sets
-	}
-	sets = slices.Clone(sets)
-	sets[lim], sets[swp] = sets[swp], sets[lim]
-	return sets
+	return false
 }

@@ -15,8 +15,9 @@ import (
 type arch struct {
 	audit  uint32
 	calls  map[string]uint32
-	narrow bool // arguments have 32 bits
+	narrow bool // arguments have 32 bits, and so have the profile's values
 	x32    bool // x86-64: x32 calls are filtered by the profile too
+	muxed  map[string]mux
 }
 
 // foreign are the architectures of other machines: a profile may list them, no
@@ -32,7 +33,7 @@ var foreign = map[specs.Arch]bool{
 // listed returns this machine's ABIs among the profile's, the native one first
 // and always.
 func listed(names []specs.Arch) ([]*arch, error) {
-	native, compat := &arch{audit: unix.AUDIT_ARCH_X86_64, calls: x8664Calls}, &arch{audit: unix.AUDIT_ARCH_I386, calls: x86Calls, narrow: true}
+	native, compat := &arch{audit: unix.AUDIT_ARCH_X86_64, calls: x8664Calls}, &arch{audit: unix.AUDIT_ARCH_I386, calls: x86Calls, narrow: true, muxed: x86Muxed()}
 	nativeName, compatName := specs.ArchX86_64, specs.ArchX86
 	if runtime.GOARCH == "arm64" {
 		native, compat = &arch{audit: unix.AUDIT_ARCH_AARCH64, calls: arm64Calls}, &arch{audit: unix.AUDIT_ARCH_ARM, calls: armTable(), narrow: true}
@@ -80,6 +81,23 @@ var x32Calls = sync.OnceValue(func() map[string]uint32 {
 		" process_vm_readv process_vm_writev setsockopt getsockopt io_setup io_submit execveat preadv2 pwritev2")
 	for i, n := range own {
 		t[n] = x32Bit | uint32(512+i)
+	}
+	return t
+})
+
+// x86Muxed are the calls that i386 also has as functions of socketcall and ipc.
+var x86Muxed = sync.OnceValue(func() map[string]mux {
+	t := map[string]mux{}
+	sockets := strings.Fields("socket bind connect listen accept getsockname getpeername socketpair send recv" +
+		" sendto recvfrom shutdown setsockopt getsockopt sendmsg recvmsg accept4 recvmmsg sendmmsg")
+	for i, n := range sockets {
+		t[n] = mux{"socketcall", uint64(i + 1), 0xffffffff}
+	}
+	for n, f := range map[string]uint64{
+		"semop": 1, "semget": 2, "semctl": 3, "semtimedop": 4, "msgsnd": 11, "msgrcv": 12, "msgget": 13, "msgctl": 14,
+		"shmat": 21, "shmdt": 22, "shmget": 23, "shmctl": 24,
+	} {
+		t[n] = mux{"ipc", f, 0xffff} // the upper half is a version
 	}
 	return t
 })

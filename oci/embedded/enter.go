@@ -1,0 +1,172 @@
+package embedded
+
+import (
+	"fmt"
+	"os"
+	"path"
+
+	specs "github.com/opencontainers/runtime-spec/specs-go"
+	"golang.org/x/sys/unix"
+
+	"github.com/berth-runtime/berth/internal/kernel"
+)
+
+// join appends the entry of the first process into the prepared namespaces. A
+// user namespace comes after those that belong to the host, which its members
+// could not enter, and before those that are to belong to it.
+func (c *Container) join(s *script) {
+	for _, n := range c.ns {
+		s.do("join "+string(n.kind)+" namespace", unix.SYS_SETNS, s.fd(n.file), n.kind.CloneFlag())
+	}
+	if c.joinCgroupNS != nil {
+		s.do("join cgroup namespace", unix.SYS_SETNS, s.fd(c.joinCgroupNS), unix.CLONE_NEWCGROUP)
+	}
+	if c.mountNS != nil {
+		s.do("join mount namespace", unix.SYS_SETNS, s.fd(c.mountNS), unix.CLONE_NEWNS)
+	}
+	if c.rootDir != nil { // a tree with the root somewhere in it, which it becomes later
+		s.do("enter root", unix.SYS_FCHDIR, s.fd(c.rootDir))
+	}
+	newCgroup := c.plan.ns[specs.CgroupNamespace].mode == nsNew
+	if c.userNS == nil {
+		if newCgroup {
+			s.do("new cgroup namespace", unix.SYS_UNSHARE, unix.CLONE_NEWCGROUP)
+		}
+		return
+	}
+	s.do("join user namespace", unix.SYS_SETNS, s.fd(c.userNS), unix.CLONE_NEWUSER)
+	if c.plan.ns[specs.PIDNamespace].mode == nsNew {
+		s.forkInside(unix.CLONE_NEWPID)
+	}
+	// A copy of the mount namespace that belongs to the user namespace: the kernel
+	// locks what was mounted and how, so that the container's root, whatever its
+	// capabilities, cannot undo it.
+	flags := unix.CLONE_NEWNS
+	if newCgroup {
+		flags |= unix.CLONE_NEWCGROUP
+	}
+	s.do("new mount namespace", unix.SYS_UNSHARE, flags)
+}
+
+// enterRoot appends what makes the container's root the process's root: its
+// procfs, and with the host's tree around it a change of the root.
+func (c *Container) enterRoot(s *script) {
+	switch {
+	case c.plan.hostTree():
+		if c.userNS != nil {
+			// In the copied namespace the root is locked to its place: a clone is not.
+			t := s.do("rootfs: open_tree", unix.SYS_OPEN_TREE, atCwd, ".", unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC|unix.AT_RECURSIVE).out()
+			s.do("rootfs: move_mount", unix.SYS_MOVE_MOUNT, t, "", atCwd, ".", unix.MOVE_MOUNT_F_EMPTY_PATH)
+			s.do("enter root", unix.SYS_FCHDIR, t)
+		}
+		c.mountProc(s)
+		s.do("pivot_root", unix.SYS_PIVOT_ROOT, ".", ".")
+		s.do("unmount the host's tree", unix.SYS_UMOUNT2, ".", unix.MNT_DETACH)
+		s.do("enter root", unix.SYS_CHDIR, "/")
+	case c.rootDir != nil:
+		s.do("chroot", unix.SYS_CHROOT, ".")
+	default:
+		c.mountProc(s)
+	}
+}
+
+// mountProc appends the procfs mounts with what lies on them. The working
+// directory is the container's root.
+func (c *Container) mountProc(s *script) {
+	for _, m := range c.procs {
+		name := fmt.Sprintf("mount %q: ", m.dest)
+		f := s.do(name+"fsopen", unix.SYS_FSOPEN, "proc", unix.FSOPEN_CLOEXEC).out()
+		for _, o := range m.opts {
+			if o.Flag {
+				s.do(name+o.Key, unix.SYS_FSCONFIG, f, unix.FSCONFIG_SET_FLAG, o.Key, 0, 0)
+			} else {
+				s.do(name+o.Key, unix.SYS_FSCONFIG, f, unix.FSCONFIG_SET_STRING, o.Key, o.Value, 0)
+			}
+		}
+		s.do(name+"fsconfig", unix.SYS_FSCONFIG, f, unix.FSCONFIG_CMD_CREATE, 0, 0, 0)
+		proc := s.do(name+"fsmount", unix.SYS_FSMOUNT, f, unix.FSMOUNT_CLOEXEC, int(m.attr.Attr_set|m.rattr.Attr_set)).out()
+		if c.userNS != nil {
+			// What Create opened is in the namespace that was copied from.
+			at := s.do(name+"open", unix.SYS_OPENAT2, atCwd, m.dest, bytesOf(realDir), unix.SizeofOpenHow).out()
+			s.do(name+"move_mount", unix.SYS_MOVE_MOUNT, proc, "", at, "", unix.MOVE_MOUNT_F_EMPTY_PATH|unix.MOVE_MOUNT_T_EMPTY_PATH)
+		} else {
+			s.do(name+"move_mount", unix.SYS_MOVE_MOUNT, proc, "", s.fd(m.at), "", unix.MOVE_MOUNT_F_EMPTY_PATH|unix.MOVE_MOUNT_T_EMPTY_PATH)
+		}
+		for _, b := range m.binds {
+			s.do(fmt.Sprintf("mount %q: move_mount", path.Join(m.dest, b.rel)), unix.SYS_MOVE_MOUNT, s.fd(b.file), "", proc, b.rel, unix.MOVE_MOUNT_F_EMPTY_PATH)
+		}
+		for _, rel := range m.readonly {
+			name := fmt.Sprintf("linux.readonlyPaths %q: ", path.Join(m.dest, rel))
+			t := s.do(name+"open_tree", unix.SYS_OPEN_TREE, proc, rel, unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC|unix.AT_RECURSIVE).
+				ignore(unix.ENOENT, unix.ENOTDIR).skip(2).out()
+			attr := &unix.MountAttr{Attr_set: unix.MOUNT_ATTR_RDONLY}
+			s.do(name+"mount_setattr", unix.SYS_MOUNT_SETATTR, t, "", unix.AT_EMPTY_PATH|unix.AT_RECURSIVE, bytesOf(attr), len(bytesOf(attr)))
+			s.do(name+"move_mount", unix.SYS_MOVE_MOUNT, t, "", proc, rel, unix.MOVE_MOUNT_F_EMPTY_PATH)
+		}
+		c.maskProc(s, m, proc)
+	}
+	if c.witness != nil && !c.plan.user() {
+		// Ours, in a mount namespace that a rootless container's root may change.
+		s.do("leave procfs: fchdir", unix.SYS_FCHDIR, s.fd(c.witness))
+		s.do("leave procfs: umount", unix.SYS_UMOUNT2, ".", unix.MNT_DETACH)
+		s.do("enter root", unix.SYS_CHDIR, "/")
+	}
+}
+
+// realDir opens a directory below the working directory, through no link.
+var realDir = &unix.OpenHow{
+	Flags:   unix.O_PATH | unix.O_CLOEXEC | unix.O_DIRECTORY | unix.O_NOFOLLOW,
+	Resolve: unix.RESOLVE_IN_ROOT | unix.RESOLVE_NO_SYMLINKS,
+}
+
+// maskProc appends the masks of a procfs.
+func (c *Container) maskProc(s *script, m procMount, proc ref) {
+	dir, null := childFD(-1), childFD(-1)
+	for _, k := range m.masked {
+		name := fmt.Sprintf("linux.maskedPaths %q: ", path.Join(m.dest, k.rel))
+		if k.file != nil { // a clone of its own
+			s.do(name+"move_mount", unix.SYS_MOVE_MOUNT, s.fd(k.file), "", proc, k.rel, unix.MOVE_MOUNT_F_EMPTY_PATH).ignore(unix.ENOENT)
+			continue
+		}
+		if dir < 0 {
+			dir, null = s.fd(c.maskDir), s.fd(c.maskNull)
+		}
+		src := null
+		if k.isDir {
+			src = dir
+		}
+		t := s.do(name+"open_tree", unix.SYS_OPEN_TREE, src, "", unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC|unix.AT_EMPTY_PATH).out()
+		s.do(name+"move_mount", unix.SYS_MOVE_MOUNT, t, "", proc, k.rel, unix.MOVE_MOUNT_F_EMPTY_PATH).ignore(unix.ENOENT)
+	}
+}
+
+// enterRunning appends the entry of a further process into the namespaces of the
+// first one, pid. The caller closes root, which may be nil,
+// when the script has started.
+func (c *Container) enterRunning(s *script, pidfd *os.File, pid int) (root *os.File, err error) {
+	flags := 0
+	for _, k := range []struct {
+		spec specs.LinuxNamespaceType
+		kind kernel.Namespace
+	}{
+		{specs.MountNamespace, kernel.MountNS}, {specs.NetworkNamespace, kernel.NetNS}, {specs.IPCNamespace, kernel.IPCNS},
+		{specs.UTSNamespace, kernel.UTSNS}, {specs.CgroupNamespace, kernel.CgroupNS}, {specs.TimeNamespace, kernel.TimeNS},
+		{specs.UserNamespace, kernel.UserNS},
+	} {
+		if c.plan.ns[k.spec].mode != nsHost {
+			flags |= k.kind.CloneFlag()
+		}
+	}
+	if flags != 0 {
+		s.do("join namespaces", unix.SYS_SETNS, s.fd(pidfd), flags)
+	}
+	if c.plan.ownMounts() || c.podInit {
+		return nil, nil
+	}
+	if root, err = c.rt.openProc(fmt.Sprintf("%d/root", pid), unix.O_PATH|unix.O_DIRECTORY); err != nil {
+		return nil, err
+	}
+	s.do("enter root", unix.SYS_FCHDIR, s.fd(root))
+	s.do("chroot", unix.SYS_CHROOT, ".")
+	return root, nil
+}

@@ -1,0 +1,133 @@
+package embedded
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+
+	"github.com/containerd/errdefs"
+	specs "github.com/opencontainers/runtime-spec/specs-go"
+	"golang.org/x/sys/unix"
+
+	"github.com/berth-runtime/berth/oci"
+)
+
+// Exec implements oci.Container.
+func (c *Container) Exec(ctx context.Context, p *specs.Process, io oci.Stdio) (_ oci.Process, err error) {
+	if err := ctx.Err(); err != nil {
+		return oci.Process{}, err
+	}
+	if p == nil {
+		return oci.Process{}, invalid("process: missing")
+	}
+	if err := checkProcess(p, true); err != nil {
+		return oci.Process{}, err
+	}
+	c.mu.RLock()
+	defer c.mu.RUnlock()
+	if c.init == nil || c.podInit && c.procs == nil {
+		return oci.Process{}, fmt.Errorf("container %s: not running: %w", c.id, errdefs.ErrFailedPrecondition)
+	}
+	if c.plan.user() {
+		if err := c.plan.checkIDs(&p.User); err != nil {
+			return oci.Process{}, err
+		}
+	}
+	s := newScript(io.Extra)
+	warnings, err := c.begin(s, p)
+	if err != nil {
+		return oci.Process{}, err
+	}
+	l := launch{stdio: c.stdio(io)}
+	var master *os.File
+	if p.Terminal {
+		if c.pts == nil {
+			return oci.Process{}, invalid("process.terminal: the container has no devpts at /dev/pts")
+		}
+		m, slave, err := openPty(c.pts, p.ConsoleSize)
+		if err != nil {
+			return oci.Process{}, err
+		}
+		defer slave.Close()
+		defer func() {
+			if err != nil {
+				m.Close()
+			}
+		}()
+		master, l.stdio = m, [3]*os.File{slave, slave, slave}
+	}
+	if err := c.giveStdio(l.stdio, p.User.UID, p.Terminal); err != nil {
+		return oci.Process{}, err
+	}
+	// A listener of the container's filter is asked about execs as well.
+	wait, gate, in := (*os.File)(nil), (*os.File)(nil), childFD(-1)
+	if c.plan.filter != nil && c.plan.filter.Listener {
+		if wait, gate, err = os.Pipe(); err != nil {
+			return oci.Process{}, err
+		}
+		defer wait.Close()
+		defer gate.Close()
+		in = s.fd(wait)
+	}
+	ch, err := c.spawnInside(s, c.init, c.pid, l, func() error {
+		more, err := c.identity(s, p, p.Terminal)
+		warnings = append(warnings, more...)
+		if err == nil {
+			err = c.seal(s, p, in)
+		}
+		s.exec(p)
+		return err
+	})
+	var proc oci.Process
+	if err == nil {
+		proc, err = c.followExec(ch, gate)
+	}
+	if err != nil {
+		if errors.Is(err, unix.ESRCH) {
+			return oci.Process{}, fmt.Errorf("container %s: not running: %w", c.id, errdefs.ErrFailedPrecondition)
+		}
+		return oci.Process{}, fmt.Errorf("exec in container: %w", explain(err, p.Args[0]))
+	}
+	proc.Console = master
+	c.warn(warnings)
+	return proc, nil
+}
+
+// spawnInside starts a script, begun by begin, in the namespaces of the
+// container's first process and goes on with what rest appends.
+func (c *Container) spawnInside(s *script, pidfd *os.File, pid int, l launch, rest func() error) (*child, error) {
+	l.cgroup = c.joinDir
+	root, err := c.enterRunning(s, pidfd, pid)
+	if err != nil {
+		return nil, err
+	}
+	if root != nil {
+		defer root.Close()
+	}
+	if c.plan.ns[specs.PIDNamespace].mode != nsHost {
+		l.pidNS = pidfd
+	}
+	if err := rest(); err != nil {
+		return nil, err
+	}
+	return c.rt.spawn(s, l)
+}
+
+// followExec waits until the program of an exec runs.
+func (c *Container) followExec(ch *child, gate *os.File) (oci.Process, error) {
+	for {
+		m, err := ch.next()
+		if err != nil || m.kind == 0 {
+			return ch.Process, err
+		}
+		err = c.sendFilter(ch.PidFD, ch.Pid, m.value)
+		if err == nil {
+			_, err = gate.Write([]byte{1})
+		}
+		if err != nil {
+			return oci.Process{}, ch.fail(err)
+		}
+	}
+}
+
