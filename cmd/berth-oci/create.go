@@ -67,7 +67,7 @@ func (l *launch) flags(c *cobra.Command) {
 	l.connect.flags(c)
 	f.StringVar(&l.pidFile, "pid-file", "", "file to write the pid of the first process to")
 	f.Bool("no-pivot", false, "accepted; the root is never pivoted to")
-	f.BoolVar(&l.noNewKeyring, "no-new-keyring", false, "accepted; the container gets a session keyring of its own all the same")
+	f.BoolVar(&l.noNewKeyring, "no-new-keyring", false, "leave the container in the caller's session keyring")
 	f.IntVar(&l.preserveFDs, "preserve-fds", 0, "how many further descriptors to pass on, after stdio and $LISTEN_FDS")
 }
 
@@ -87,9 +87,6 @@ func (a *app) launch(ctx context.Context, name string, l *launch) (err error) {
 	}
 	if err := l.connect.check(b.spec.Process.Terminal, l.detach); err != nil {
 		return err
-	}
-	if l.noNewKeyring {
-		a.log.Warn("--no-new-keyring: the container gets a session keyring of its own all the same")
 	}
 	if err := l.connect.open(); err != nil {
 		return err
@@ -194,17 +191,19 @@ func (m *making) create(ctx context.Context, u *undo.Stack, env []string) (err e
 	s.Process.Env = append(s.Process.Env, env...)
 	m.rec = state.Record{
 		OCIVersion: s.Version, Rootfs: s.Root.Path, Created: time.Now().UTC(), Annotations: s.Annotations,
-		OwnPIDs: ownPIDs(s), NoCgroup: noCgroup, Systemd: m.systemd,
+		OwnPIDs: ownPIDs(s), NoCgroup: noCgroup, Systemd: m.systemd, KeepKeyring: m.noNewKeyring,
 		Saved: embedded.Saved{ID: id.Container(m.name), Bundle: m.bundle.dir},
 	}
+	if m.rt, err = m.runtime(m.systemd, m.noNewKeyring); err != nil {
+		return err
+	}
 	if s.Linux != nil {
-		m.rec.Saved.Cgroup = s.Linux.CgroupsPath
+		if m.rec.Saved.Cgroups, err = m.rt.CgroupPaths(s.Linux.CgroupsPath); err != nil {
+			return err
+		}
 	}
 	// The intent, before anything is made that it would take to find again.
 	if err := errors.Join(m.dir.SaveSpec(m.bundle.raw), m.dir.Save(m.rec)); err != nil {
-		return err
-	}
-	if m.rt, err = m.runtime(m.systemd); err != nil {
 		return err
 	}
 	m.log.Debug("create", "container", m.name, "bundle", m.bundle.dir)
@@ -262,8 +261,8 @@ func (m *making) close() {
 }
 
 // runtime makes the embedded runtime for this command.
-func (a *app) runtime(systemd bool) (*embedded.Runtime, error) {
-	return embedded.New(embedded.Config{SystemdCgroups: systemd, Log: a.log.Logger})
+func (a *app) runtime(systemd, keepKeyring bool) (*embedded.Runtime, error) {
+	return embedded.New(embedded.Config{SystemdCgroups: systemd, KeepKeyring: keepKeyring, Log: a.log.Logger})
 }
 
 // reopen finds a container that another command made. The caller closes the runtime.
@@ -274,7 +273,7 @@ func (a *app) reopen(d *state.Dir, r state.Record) (*embedded.Runtime, *embedded
 	}
 	complete(s, d.ID, r.Saved.Bundle, r.Systemd, r.NoCgroup)
 	r.Saved.Spec = s
-	rt, err := a.runtime(r.Systemd)
+	rt, err := a.runtime(r.Systemd, r.KeepKeyring)
 	if err != nil {
 		return nil, nil, err
 	}

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"path"
 	"path/filepath"
 	"strconv"
 	"strings"
@@ -114,13 +113,6 @@ func (a *app) exec(ctx context.Context, name string, args []string, x *further) 
 	if err != nil {
 		return err
 	}
-	sub, err := subCgroup(x.cgroups)
-	if err != nil {
-		return err
-	}
-	if sub != "" {
-		r.Saved.Cgroup = path.Join(r.Saved.Cgroup, sub)
-	}
 	if err := x.connect.open(); err != nil {
 		return err
 	}
@@ -130,6 +122,11 @@ func (a *app) exec(ctx context.Context, name string, args []string, x *further) 
 		return err
 	}
 	defer rt.Close()
+	if len(x.cgroups) > 0 {
+		if err := c.ExecBelow(x.cgroups...); err != nil {
+			return fmt.Errorf("--cgroup: %w", err)
+		}
+	}
 	var att *attachment
 	if !x.detach {
 		att = attach(false)
@@ -271,33 +268,4 @@ func (x *further) setUser(p *specs.Process) error {
 		p.User.AdditionalGids = append(p.User.AdditionalGids, uint32(g))
 	}
 	return nil
-}
-
-// subCgroup is the cgroup of --cgroup, relative to the container's. All
-// controllers must name the same one: a process is in one cgroup by name.
-func subCgroup(flags []string) (string, error) {
-	sub, seen := "", map[string]bool{}
-	for i, v := range flags {
-		at := v
-		if list, rest, ok := strings.Cut(v, ":"); ok {
-			at = rest
-			for c := range strings.SplitSeq(list, ",") {
-				if c == "" {
-					return "", fmt.Errorf("invalid --cgroup argument: %s (empty <controller> prefix)", v)
-				}
-				if seen[c] {
-					return "", fmt.Errorf("invalid --cgroup argument(s): controller %s specified multiple times", c)
-				}
-				seen[c] = true
-			}
-		} else if len(flags) > 1 {
-			return "", fmt.Errorf("invalid --cgroup argument: %s (missing <controller>: prefix)", v)
-		}
-		at = path.Clean("/" + at)
-		if i > 0 && at != sub {
-			return "", fmt.Errorf("--cgroup: %s and %s: controllers in different cgroups are not supported; name one cgroup for all", sub, at)
-		}
-		sub = at
-	}
-	return strings.TrimPrefix(sub, "/"), nil
 }

@@ -1,3 +1,10 @@
+// The Go runtime is not to hold cgroup files open: it would do so before main, on
+// the numbers of descriptors that callers pass on. One CPU more or less is no
+// matter to commands that end in milliseconds.
+
+//go:debug containermaxprocs=0
+//go:debug updatemaxprocs=0
+
 // Command berth-oci is the embedded OCI runtime as a command line in the manner
 // of runc: the same commands, flags, exit codes and words, so that what calls
 // runc can call it instead.

@@ -34,7 +34,8 @@ type Record struct {
 	Rootfs      string            `json:"rootfs"` // absolute path
 	Created     time.Time         `json:"created"`
 	Annotations map[string]string `json:"annotations,omitempty"`
-	OwnPIDs     bool              `json:"ownPids"` // the container has a PID namespace of its own
+	OwnPIDs     bool              `json:"ownPids"`               // the container has a PID namespace of its own
+	KeepKeyring bool              `json:"keepKeyring,omitempty"` // --no-new-keyring
 	NoCgroup    bool              `json:"noCgroup,omitempty"`
 	Systemd     bool              `json:"systemd,omitempty"` // its cgroup is a unit of systemd
 	Notify      string            `json:"notify,omitempty"`  // socket in the container's directory that its sd_notify messages come to

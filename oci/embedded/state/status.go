@@ -10,6 +10,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/containerd/errdefs"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 
@@ -136,30 +137,22 @@ func (r Record) WaitGone(wait time.Duration) error {
 
 // frozen reads the freezer of the container's cgroup.
 func (r Record) frozen() (bool, error) {
-	if r.NoCgroup || r.Saved.Cgroup == "" {
+	if len(r.Saved.Cgroups) == 0 {
 		return false, nil
 	}
 	h, err := cgroup.Detect()
 	if err != nil {
 		return false, err
 	}
-	file, yes := filepath.Join(h.Unified, r.Saved.Cgroup, "cgroup.freeze"), "1"
-	if !h.V2() {
-		file = ""
-		for _, c := range h.V1 {
-			if c.Has("freezer") {
-				file, yes = filepath.Join(c.Mount, r.Saved.Cgroup, "freezer.self_freezing"), "1"
-			}
-		}
-	}
-	b, err := os.ReadFile(file)
-	if errors.Is(err, os.ErrNotExist) || file == "" {
-		return false, nil
-	}
+	c, err := h.OpenPaths(r.Saved.Cgroups)
 	if err != nil {
 		return false, err
 	}
-	return strings.TrimSpace(string(b)) == yes, nil
+	frozen, err := c.Frozen()
+	if errors.Is(err, os.ErrNotExist) || errdefs.IsFailedPrecondition(err) {
+		return false, nil // deleted at this moment, or there is no freezer
+	}
+	return frozen, err
 }
 
 // atGate reports whether process pid still waits for start. The gate is removed
