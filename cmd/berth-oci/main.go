@@ -103,7 +103,7 @@ func (a *app) command() *cobra.Command {
 	_ = f.MarkHidden("criu") // fails for unknown flags only
 	root.AddCommand(
 		a.createCommand(), a.runCommand(), a.startCommand(), a.stateCommand(), a.listCommand(), a.killCommand(),
-		a.deleteCommand(), a.execCommand(), a.psCommand(), a.pauseCommand(), a.resumeCommand(), a.updateCommand(),
+		a.deleteCommand(), a.execCommand(), a.psCommand(), a.pauseCommand(), a.resumeCommand(), a.updateCommand(), a.eventsCommand(),
 		specCommand(), featuresCommand(),
 	)
 	return root
