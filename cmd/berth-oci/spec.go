@@ -5,18 +5,24 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
+	"strings"
 
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"github.com/spf13/cobra"
 )
 
 func specCommand() *cobra.Command {
-	bundle := "."
+	bundle, rootless := ".", false
 	c := &cobra.Command{
 		Use:   "spec",
 		Short: "Write a config.json to start from",
-		Args:  cobra.NoArgs,
+		Args:  exactly(0),
 		RunE: func(*cobra.Command, []string) (err error) {
+			s := exampleSpec()
+			if rootless {
+				makeRootless(s, os.Geteuid(), os.Getegid())
+			}
 			f, err := os.OpenFile(filepath.Join(bundle, "config.json"), os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o644)
 			if errors.Is(err, os.ErrExist) {
 				return fmt.Errorf("%s exists; remove it first", filepath.Join(bundle, "config.json"))
@@ -24,11 +30,41 @@ func specCommand() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			return errors.Join(printJSON(f, exampleSpec()), f.Close())
+			return errors.Join(printJSON(f, s), f.Close())
 		},
 	}
 	c.Flags().StringVarP(&bundle, "bundle", "b", ".", "directory of the bundle")
+	c.Flags().BoolVar(&rootless, "rootless", false, "for a container of a user who is not root")
 	return c
+}
+
+// makeRootless changes the spec to what a user with the given ids may do: root
+// in a user namespace is that user, and what only the host's root may mount is
+// borrowed from the host.
+func makeRootless(s *specs.Spec, uid, gid int) {
+	l := s.Linux
+	l.Namespaces = slices.DeleteFunc(l.Namespaces, func(n specs.LinuxNamespace) bool {
+		return n.Type == specs.NetworkNamespace || n.Type == specs.UserNamespace
+	})
+	l.Namespaces = append(l.Namespaces, specs.LinuxNamespace{Type: specs.UserNamespace})
+	l.UIDMappings = []specs.LinuxIDMapping{{HostID: uint32(uid), Size: 1}}
+	l.GIDMappings = []specs.LinuxIDMapping{{HostID: uint32(gid), Size: 1}}
+	l.Resources = nil
+	var mounts []specs.Mount
+	for _, m := range s.Mounts {
+		switch m.Destination {
+		case "/sys":
+			m = specs.Mount{Destination: "/sys", Type: "none", Source: "/sys", Options: []string{"rbind", "nosuid", "noexec", "nodev", "ro"}}
+		case "/sys/fs/cgroup": // comes with /sys
+			continue
+		}
+		// Groups that are not mapped cannot own anything.
+		m.Options = slices.DeleteFunc(slices.Clone(m.Options), func(o string) bool {
+			return strings.HasPrefix(o, "gid=") || strings.HasPrefix(o, "uid=")
+		})
+		mounts = append(mounts, m)
+	}
+	s.Mounts = mounts
 }
 
 // exampleSpec runs a shell with few capabilities in namespaces of its own.

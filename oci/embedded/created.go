@@ -87,8 +87,10 @@ type Saved struct {
 	Spec    *specs.Spec  `json:"spec"`
 	Pid     int          `json:"pid"`
 	Started string       `json:"started"` // of Pid: clock ticks after boot, with Pid its identity
-	Cgroup  string       `json:"cgroup,omitempty"`
-	Tail    Tail         `json:"tail"`
+	// Cgroups are the cgroup's directories (CgroupPaths): the path in the spec may
+	// be relative to the cgroup of the process that made the container.
+	Cgroups map[string]string `json:"cgroups,omitempty"`
+	Tail    Tail              `json:"tail"`
 }
 
 // Prepare makes the container's first process up to the gate, with the hooks
@@ -179,7 +181,11 @@ func (c *Container) Save() (Saved, error) {
 	if err != nil {
 		return Saved{}, err
 	}
-	return Saved{ID: c.id, Bundle: c.bundle, Spec: c.plan.spec, Pid: c.pid, Started: started, Cgroup: c.plan.cgroupPath, Tail: c.tail}, nil
+	s := Saved{ID: c.id, Bundle: c.bundle, Spec: c.plan.spec, Pid: c.pid, Started: started, Tail: c.tail}
+	if c.cgroup != nil {
+		s.Cgroups = c.cgroup.Paths()
+	}
+	return s, nil
 }
 
 // startTime reads when a process started, in clock ticks after boot. A zombie
@@ -219,8 +225,8 @@ func (r *Runtime) Reopen(s Saved) (_ *Container, err error) {
 			err = errors.Join(err, c.closeFiles())
 		}
 	}()
-	if s.Cgroup != "" {
-		if c.cgroup, err = r.cgroups.Open(s.Cgroup); err != nil {
+	if len(s.Cgroups) > 0 {
+		if c.cgroup, err = r.cgroups.OpenPaths(s.Cgroups); err != nil {
 			return nil, err
 		}
 	}

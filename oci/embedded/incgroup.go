@@ -1,0 +1,66 @@
+package embedded
+
+import (
+	"errors"
+
+	"github.com/berth-runtime/berth/oci/embedded/cgroup"
+)
+
+// CgroupPaths returns what Saved.Cgroups will be of a container with
+// linux.cgroupsPath path, for a record that is written before it is created.
+func (r *Runtime) CgroupPaths(path string) (map[string]string, error) {
+	if path == "" {
+		return nil, nil
+	}
+	cg, err := r.cgroups.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	return cg.Paths(), nil
+}
+
+// Stats reads the counters of the container's cgroup.
+func (c *Container) Stats() (*cgroup.Stats, error) {
+	cg, err := c.cgroupOrErr()
+	if err != nil {
+		return nil, err
+	}
+	return cg.Stats()
+}
+
+// Frozen reports whether the container's processes are paused.
+func (c *Container) Frozen() (bool, error) {
+	cg, err := c.cgroupOrErr()
+	if err != nil {
+		return false, err
+	}
+	return cg.Frozen()
+}
+
+// ExecBelow has the processes of Exec join a cgroup below the container's, named
+// as for cgroup.Sub. It must exist.
+func (c *Container) ExecBelow(paths ...string) error {
+	cg, err := c.cgroupOrErr()
+	if err != nil {
+		return err
+	}
+	sub, err := cg.Sub(paths...)
+	if err != nil {
+		return err
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	errs := []error{closeAll(&c.joinDir)}
+	for i := range c.joinFiles {
+		errs = append(errs, closeAll(&c.joinFiles[i]))
+	}
+	c.joinFiles = nil
+	if err := errors.Join(errs...); err != nil {
+		return err
+	}
+	if c.joinDir, err = sub.JoinDir(); err != nil {
+		return err
+	}
+	c.joinFiles, err = sub.JoinFiles()
+	return err
+}
