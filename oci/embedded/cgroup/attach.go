@@ -4,7 +4,9 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"os"
 	"runtime"
+	"strings"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -84,6 +86,28 @@ func replaceDeviceFilter(dir string, rs []rule) error {
 		}
 		return nil
 	})
+}
+
+// orUnguarded makes a warning of a filter that was refused for want of
+// privileges, in a user namespace or without root. Such a caller may have the
+// cgroup (delegated), but can load no filter; nor can its containers make device
+// nodes or open others than those of the user.
+func (p *plan) orUnguarded(err error) error {
+	if !errors.Is(err, unix.EPERM) {
+		return err
+	}
+	text, rerr := readFile("/proc/self/uid_map")
+	if rerr != nil || ownsMachine(os.Geteuid(), text) {
+		return err
+	}
+	p.warnings = append(p.warnings, "linux.resources.devices: no device filter: only root of the machine may load one")
+	return nil
+}
+
+// ownsMachine reports whether a process with this user id and uid_map is root in
+// the first user namespace, which alone maps every id to itself.
+func ownsMachine(uid int, uidMap string) bool {
+	return uid == 0 && strings.Join(strings.Fields(uidMap), " ") == "0 0 4294967295"
 }
 
 func withFilter(dir string, rs []rule, f func(cg, prog int) error) error {

@@ -242,3 +242,20 @@ func TestReplaceFailsKeeps(t *testing.T) {
 		t.Errorf("update: %v", err)
 	}
 }
+
+func TestOwnsMachine(t *testing.T) {
+	const first = "         0          0 4294967295\n"
+	for _, x := range []struct {
+		uid  int
+		text string
+		want bool
+	}{{0, first, true}, {1000, first, false}, {0, "0 1000 1\n1 100000 65536\n", false}, {0, "", false}} {
+		if got := ownsMachine(x.uid, x.text); got != x.want {
+			t.Errorf("%d %q: %v", x.uid, x.text, got)
+		}
+	}
+	p := &plan{}
+	if err := p.orUnguarded(unix.EINVAL); err != unix.EINVAL || len(p.warnings) > 0 {
+		t.Errorf("%v %q", err, p.warnings)
+	}
+}

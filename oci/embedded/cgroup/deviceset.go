@@ -187,7 +187,7 @@ func (s deviceSet) difference(to deviceSet) []deviceWrite {
 // setDevices puts the device rules on a new cgroup.
 func (c *Cgroup) setDevices(p *plan) error {
 	if c.host.V2() {
-		return attachDeviceFilter(c.dirs[0].path, p.rules)
+		return p.orUnguarded(attachDeviceFilter(c.dirs[0].path, p.rules))
 	}
 	return c.writeDevices(p.devices.writes(), nil)
 }
@@ -195,7 +195,7 @@ func (c *Cgroup) setDevices(p *plan) error {
 // replaceDevices replaces the device rules of a running container.
 func (c *Cgroup) replaceDevices(p *plan) error {
 	if c.host.V2() {
-		return replaceDeviceFilter(c.dirs[0].path, p.rules)
+		return p.orUnguarded(replaceDeviceFilter(c.dirs[0].path, p.rules))
 	}
 	to := p.devices
 	at, err := c.devicesDir()

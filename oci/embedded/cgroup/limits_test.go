@@ -46,7 +46,7 @@ func TestEveryFieldV1(t *testing.T) {
 	c := create(t, h, &specs.LinuxResources{
 		Memory: &specs.LinuxMemory{
 			Limit: ptr(64 * mb), Swap: ptr(96 * mb), Reservation: ptr(32 * mb), Swappiness: ptr(uint64(7)), DisableOOMKiller: ptr(true),
-			UseHierarchy: ptr(true), Kernel: ptr(32 * mb), KernelTCP: ptr(16 * mb), //nolint:staticcheck // SA1019: the spec has it still
+			UseHierarchy: ptr(true), KernelTCP: ptr(16 * mb),
 		},
 		CPU:  &specs.LinuxCPU{Quota: ptr(int64(20000)), Period: ptr(uint64(50000)), Burst: ptr(uint64(10000)), Cpus: "0", Mems: "0"},
 		Pids: &specs.LinuxPids{Limit: ptr(int64(0))},

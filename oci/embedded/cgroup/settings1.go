@@ -64,8 +64,8 @@ func (h *Host) memoryV1(k *collector, m *specs.LinuxMemory) {
 	if set(m.Reservation) {
 		k.add("memory.reservation", "memory", "memory.soft_limit_in_bytes", num(*m.Reservation))
 	}
-	if set(m.Kernel) { //nolint:staticcheck // SA1019: the spec has the field still
-		k.without("this kernel has no limit on kernel memory", "memory.kernel", "memory", "memory.kmem.limit_in_bytes", num(*m.Kernel)) //nolint:staticcheck // SA1019
+	if kernel := kernelMemory(m); set(kernel) {
+		k.without("this kernel has no limit on kernel memory", "memory.kernel", "memory", "memory.kmem.limit_in_bytes", num(*kernel))
 	}
 	if set(m.KernelTCP) {
 		k.without("this kernel has no limit on TCP memory", "memory.kernelTCP", "memory", "memory.kmem.tcp.limit_in_bytes", num(*m.KernelTCP))
@@ -76,6 +76,11 @@ func (h *Host) memoryV1(k *collector, m *specs.LinuxMemory) {
 	if k.swappiness(m) {
 		k.without("this kernel has no swappiness of a cgroup's own", "memory.swappiness", "memory", "memory.swappiness", num(*m.Swappiness))
 	}
+}
+
+// kernelMemory is a field that the spec has and advises against.
+func kernelMemory(m *specs.LinuxMemory) *int64 {
+	return m.Kernel //lint:ignore SA1019 who sets it gets it, or a warning
 }
 
 // swappiness reports whether there is one; all bits set is "not set", too.

@@ -56,7 +56,7 @@ func memoryV2(k *collector, m *specs.LinuxMemory) {
 	if m.DisableOOMKiller != nil && *m.DisableOOMKiller {
 		k.warn("memory.disableOOMKiller", "not in cgroup v2")
 	}
-	if set(m.Kernel) { //nolint:staticcheck // SA1019: the spec has the field still
+	if set(kernelMemory(m)) {
 		k.warn("memory.kernel", "not in cgroup v2, where memory.limit covers kernel memory")
 	}
 	if set(m.KernelTCP) {

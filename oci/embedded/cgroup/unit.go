@@ -3,6 +3,7 @@ package cgroup
 import (
 	"errors"
 	"fmt"
+	"os"
 	"path/filepath"
 	"strconv"
 
@@ -66,13 +67,16 @@ func (c *Cgroup) NeedsProcess() bool { return c.pending != nil }
 // are made (they show the cgroup) until the first process has joined by JoinDir
 // and JoinFiles; then the caller ends it, and the scope lives on with the others.
 //
-// When making fails nothing is left, and systemd may have killed pid. warnings
-// name limits that this kernel has no file for.
+// When making fails nothing is left, and pid has been killed. warnings name limits
+// that this kernel has no file for.
 //
 // It writes to cgroup.procs, which costs 7-11 ms on cgroup v1.
 func (c *Cgroup) Adopt(pid int) (warnings []string, err error) {
 	if pid <= 0 {
 		return nil, fmt.Errorf("cgroup %s: adopt process %d: want a pid: %w", c.path, pid, errdefs.ErrInvalidArgument)
+	}
+	if c.pending != nil && pid == os.Getpid() {
+		return nil, fmt.Errorf("cgroup %s: adopt process %d: it is the caller itself, whom a failure would end: %w", c.path, pid, errdefs.ErrInvalidArgument)
 	}
 	if r := c.pending; r != nil {
 		if err := c.unit.Start(pid); err != nil {
