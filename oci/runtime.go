@@ -40,6 +40,10 @@ type Volume struct {
 // 6.15, a mount namespace whose root is the source (kernel.Hold); "image:NAME"
 // uses Volumes[NAME].
 //
+// SeccompDigest is the SHA-256 of the JSON text that Spec.Linux.Seccomp was
+// decoded from; zero when it is not known. Requests with one digest share the
+// profile, which a runtime only reads.
+//
 // PodInit asks for the built-in init in place of Spec.Process.Args: pid 1 of a
 // PID namespace that the pod's containers share; it reaps and sleeps.
 type CreateRequest struct {
@@ -51,6 +55,8 @@ type CreateRequest struct {
 	MountFDs   map[string]*os.File
 	Volumes    map[string]Volume
 	PodInit    bool
+
+	SeccompDigest [32]byte
 }
 
 // Stdio is the child's side of a process's standard streams; nil means

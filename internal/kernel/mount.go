@@ -91,6 +91,7 @@ const (
 	EmptyDir  = "d"
 	EmptyNull = "null"
 	EmptyProc = "p" // a mount point
+	EmptyRoot = "r" // another
 )
 
 // NewEmptyMountNS makes a mount namespace whose only mount is a read-only tmpfs
@@ -159,7 +160,7 @@ func NewEmptyFS() (_ *os.File, err error) {
 		}
 	}()
 	fd := int(t.Fd())
-	for _, d := range []string{EmptyDir, EmptyProc} {
+	for _, d := range []string{EmptyDir, EmptyProc, EmptyRoot} {
 		if err := unix.Mkdirat(fd, d, 0o555); err != nil {
 			return nil, fmt.Errorf("mkdir: %w", err)
 		}

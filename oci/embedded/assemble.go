@@ -3,7 +3,6 @@ package embedded
 import (
 	"errors"
 	"fmt"
-	"io/fs"
 	"os"
 	"path"
 	"slices"
@@ -329,16 +328,23 @@ func (a *assembly) buildRoot() error {
 		}
 		*x.to = os.NewFile(uintptr(fd), x.name)
 	}
+	at := hidden
 	if a.userNS != nil {
 		if err := a.placeWitness(hidden); err != nil {
 			return err
 		}
 	}
-	if err := kernel.Attach(a.rootfs, hidden); err != nil {
+	if a.userNS != nil && !a.plan.hostTree() {
+		if at, err = kernel.OpenInRoot(hidden, kernel.EmptyRoot, unix.O_PATH|unix.O_DIRECTORY|unix.O_NOFOLLOW, 0); err != nil {
+			return err
+		}
+		defer at.Close()
+	}
+	if err := kernel.Attach(a.rootfs, at); err != nil {
 		return fmt.Errorf("rootfs: %w", err)
 	}
 	a.root = a.rootfs
-	if a.plan.hostTree() {
+	if a.plan.hostTree() || a.userNS != nil {
 		if a.rootDir, err = dup(a.root); err != nil {
 			return err
 		}
@@ -406,10 +412,11 @@ func (a *assembly) enterBase() (*os.File, error) {
 	return hidden, nil
 }
 
-// placeWitness mounts a procfs where nobody will see it, below the root that is
-// still to come. In a user namespace the kernel lets the container's own procfs
-// be mounted only beside one that hides nothing. This one shows next to nothing:
-// no files but processes, and of these only the reader's own.
+// placeWitness mounts a procfs beside the root. In a user namespace the kernel
+// lets the container's own procfs be mounted only where there is one already that
+// hides nothing. This one shows next to nothing, no files but processes, and of
+// these only the reader's own; and it goes before the user's program runs, or
+// that could mount a procfs without masks.
 func (a *assembly) placeWitness(hidden *os.File) error {
 	atime := uint64(0)
 	for _, m := range a.mounts {
@@ -420,7 +427,7 @@ func (a *assembly) placeWitness(hidden *os.File) error {
 	attrs := unix.MOUNT_ATTR_NOSUID | unix.MOUNT_ATTR_NODEV | unix.MOUNT_ATTR_NOEXEC | int(atime)
 	w, err := kernel.NewFS("proc", []kernel.FSOption{{Key: "subset", Value: "pid"}, {Key: "hidepid", Value: "ptraceable"}}, attrs)
 	if err != nil {
-		return fmt.Errorf("procfs below the root: %w", err)
+		return fmt.Errorf("procfs beside the root: %w", err)
 	}
 	defer w.Close()
 	at, err := kernel.OpenInRoot(hidden, kernel.EmptyProc, unix.O_PATH|unix.O_DIRECTORY|unix.O_NOFOLLOW, 0)
@@ -604,4 +611,3 @@ func (a *assembly) makeCwd() error {
 	}
 	return f.Close()
 }
-

@@ -21,6 +21,26 @@ func checkProcess(p *specs.Process, args bool) error {
 	case p.OOMScoreAdj != nil && (*p.OOMScoreAdj < -1000 || *p.OOMScoreAdj > 1000):
 		return invalid("process.oomScoreAdj %d: want -1000 to 1000", *p.OOMScoreAdj)
 	}
+	if p.Scheduler != nil {
+		if _, err := schedAttr(p.Scheduler); err != nil {
+			return err
+		}
+	}
+	if p.IOPriority != nil {
+		if _, err := ioPriority(p.IOPriority); err != nil {
+			return err
+		}
+	}
+	if a := p.ExecCPUAffinity; a != nil {
+		for _, x := range [][2]string{{"initial", a.Initial}, {"final", a.Final}} {
+			if x[1] == "" {
+				continue
+			}
+			if _, err := cpuMask("process.execCPUAffinity."+x[0], x[1]); err != nil {
+				return err
+			}
+		}
+	}
 	for _, list := range [][]string{p.Args, p.Env, {p.Cwd, p.ApparmorProfile, p.SelinuxLabel}} {
 		for _, v := range list {
 			if strings.ContainsRune(v, 0) {

@@ -9,7 +9,6 @@ import (
 
 	"github.com/containerd/errdefs"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
-	"golang.org/x/sys/unix"
 
 	"github.com/berth-runtime/berth/internal/id"
 	"github.com/berth-runtime/berth/internal/kernel"
@@ -46,7 +45,6 @@ type Container struct {
 	rootDir             *os.File // the root, where it is only a directory of the mount namespace
 	joinCgroupNS        *os.File
 	maskDir, maskNull   *os.File
-	witness             *os.File // a procfs that allows to mount another one
 	dev                 *os.File // of the assembly; closed there
 	devReadonly         bool
 	procs               []procMount
@@ -183,7 +181,7 @@ func closeAll(files ...**os.File) error {
 // closeStartFiles closes what only Start needs.
 func (c *Container) closeStartFiles() {
 	// The mount namespace too: it is to go with the last process, not with Delete.
-	closeAll(&c.joinCgroupNS, &c.userNS, &c.mountNS, &c.rootDir, &c.witness, &c.maskDir, &c.maskNull, &c.ptyMaster, &c.ptySlave) // O_PATH and pty descriptors
+	closeAll(&c.joinCgroupNS, &c.userNS, &c.mountNS, &c.rootDir, &c.maskDir, &c.maskNull, &c.ptyMaster, &c.ptySlave) // O_PATH and pty descriptors
 	for i := range c.ns {
 		closeAll(&c.ns[i].file) // as above
 	}

@@ -48,11 +48,15 @@ func (c *Container) join(s *script) {
 	s.do("new mount namespace", unix.SYS_UNSHARE, flags)
 }
 
-// enterRoot appends what makes the container's root the process's root: its
-// procfs, and with the host's tree around it a change of the root.
+// enterRoot appends what makes the container's root the process's root, with its
+// procfs. Where more than the root is in the mount namespace, the rest goes.
 func (c *Container) enterRoot(s *script) {
 	switch {
-	case c.plan.hostTree():
+	case c.rootDir == nil:
+		c.mountProc(s)
+	case !c.plan.ownMounts():
+		s.do("chroot", unix.SYS_CHROOT, ".")
+	default:
 		if c.userNS != nil {
 			// In the copied namespace the root is locked to its place: a clone is not.
 			t := s.do("rootfs: open_tree", unix.SYS_OPEN_TREE, atCwd, ".", unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC|unix.AT_RECURSIVE).out()
@@ -61,12 +65,8 @@ func (c *Container) enterRoot(s *script) {
 		}
 		c.mountProc(s)
 		s.do("pivot_root", unix.SYS_PIVOT_ROOT, ".", ".")
-		s.do("unmount the host's tree", unix.SYS_UMOUNT2, ".", unix.MNT_DETACH)
+		s.do("unmount what is not the root", unix.SYS_UMOUNT2, ".", unix.MNT_DETACH)
 		s.do("enter root", unix.SYS_CHDIR, "/")
-	case c.rootDir != nil:
-		s.do("chroot", unix.SYS_CHROOT, ".")
-	default:
-		c.mountProc(s)
 	}
 }
 
@@ -104,12 +104,6 @@ func (c *Container) mountProc(s *script) {
 			s.do(name+"move_mount", unix.SYS_MOVE_MOUNT, t, "", proc, rel, unix.MOVE_MOUNT_F_EMPTY_PATH)
 		}
 		c.maskProc(s, m, proc)
-	}
-	if c.witness != nil && !c.plan.user() {
-		// Ours, in a mount namespace that a rootless container's root may change.
-		s.do("leave procfs: fchdir", unix.SYS_FCHDIR, s.fd(c.witness))
-		s.do("leave procfs: umount", unix.SYS_UMOUNT2, ".", unix.MNT_DETACH)
-		s.do("enter root", unix.SYS_CHDIR, "/")
 	}
 }
 

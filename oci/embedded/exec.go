@@ -130,4 +130,3 @@ func (c *Container) followExec(ch *child, gate *os.File) (oci.Process, error) {
 		}
 	}
 }
-

@@ -137,12 +137,12 @@ func image(t testing.TB) string {
 			t.Fatal(err)
 		}
 	}
-	s := newScript()
+	s := newScript(nil)
 	s.do("exit", unix.SYS_EXIT_GROUP, 0)
 	if err := os.WriteFile(dir+"/bin/true", s.image(), 0o755); err != nil {
 		t.Fatal(err)
 	}
-	s = newScript()
+	s = newScript(nil)
 	s.do("pause", unix.SYS_PPOLL, 0, 0, 0, 0).ignoreAny().skip(-1)
 	if err := os.WriteFile(dir+"/bin/sleep", s.image(), 0o755); err != nil {
 		t.Fatal(err)

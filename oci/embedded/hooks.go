@@ -17,6 +17,8 @@ import (
 
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
+
+	"github.com/berth-runtime/berth/oci"
 )
 
 // hookOutput is how much of a failed hook's output goes into its error, in bytes.
@@ -145,13 +147,13 @@ func (t *tail) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
-// hookProcess is a hook as a process of the container.
-func hookProcess(h specs.Hook) *specs.Process {
+// execHook appends the execve of a hook.
+func (s *script) execHook(h specs.Hook) {
 	args := h.Args
 	if len(args) == 0 {
 		args = []string{h.Path}
 	}
-	return &specs.Process{Args: args, Env: h.Env, Cwd: "/"}
+	s.do("exec", unix.SYS_EXECVE, h.Path, s.strs(args), s.strs(h.Env))
 }
 
 // runInside runs hooks in the namespaces of the container's first process, each
@@ -181,12 +183,13 @@ func (c *Container) runInsideOne(ctx context.Context, h specs.Hook, state []byte
 	if err := errors.Join(in.Close(), outW.Close()); err != nil {
 		return err
 	}
-	if err != nil {
-		return errors.Join(err, inW.Close())
+	var proc oci.Process
+	if err == nil {
+		proc, err = ch.finish()
 	}
-	proc, err := ch.finish()
 	if err != nil {
-		return errors.Join(err, inW.Close())
+		// Its text alone: the failed call is not one of the container's own process.
+		return errors.Join(errors.New(err.Error()), inW.Close())
 	}
 	go func() { // a hook that reads nothing gets EPIPE for us
 		_, _ = inW.Write(state)

@@ -67,8 +67,8 @@ func overlap(a, an, b, bn uint32) bool {
 	return uint64(a) < uint64(b)+uint64(bn) && uint64(b) < uint64(a)+uint64(an)
 }
 
-// text is a mapping as /proc/<pid>/uid_map takes and shows it.
-func text(ranges []specs.LinuxIDMapping) []byte {
+// rangesText is a mapping as /proc/<pid>/uid_map takes and shows it.
+func rangesText(ranges []specs.LinuxIDMapping) []byte {
 	var b bytes.Buffer
 	for _, r := range ranges {
 		fmt.Fprintf(&b, "%d %d %d\n", r.ContainerID, r.HostID, r.Size)
@@ -102,7 +102,7 @@ func sameRanges(a, b []specs.LinuxIDMapping) bool {
 // threads, and none of them can enter or make a user namespace.
 type holder struct {
 	*child
-	rt *Runtime
+	rt   *Runtime
 	gate *os.File // the holder goes on when a byte comes, and ends with its end
 }
 
@@ -166,7 +166,7 @@ func (h *holder) writeMaps(maps idMaps) error {
 		if err != nil {
 			return fmt.Errorf("%s: %w", m.field, err)
 		}
-		_, err = f.Write(text(m.ranges)) // one write: the kernel takes no second one
+		_, err = f.Write(rangesText(m.ranges)) // one write: the kernel takes no second one
 		if err := errors.Join(err, f.Close()); err != nil {
 			return fmt.Errorf("%s: %w", m.field, err)
 		}

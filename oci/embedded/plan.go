@@ -2,10 +2,8 @@ package embedded
 
 import (
 	"fmt"
-	"maps"
 	"os"
 	"path"
-	"slices"
 	"strings"
 
 	"github.com/containerd/errdefs"
@@ -120,7 +118,7 @@ func (r *Runtime) plan(req oci.CreateRequest) (*plan, error) {
 		return nil, err
 	}
 	if s.Linux.Seccomp != nil {
-		if p.filter, err = r.filters.get(s.Linux.Seccomp); err != nil {
+		if p.filter, err = r.filters.get(s.Linux.Seccomp, req.SeccompDigest); err != nil {
 			return nil, err
 		}
 	}

@@ -105,6 +105,19 @@ func act(verb, x string) string {
 	case "mount": // source target flags
 		f := strings.Split(x, ",")
 		return text("ok", unix.Mount(f[0], f[1], f[2], 0, ""))
+	case "umount":
+		return text("ok", unix.Unmount(x, unix.MNT_DETACH))
+	case "remount": // target
+		return text("ok", unix.Mount("", x, "", unix.MS_REMOUNT|unix.MS_BIND, ""))
+	case "chown": // file uid gid
+		f := strings.Split(x, ",")
+		uid, _ := strconv.Atoi(f[1])
+		return text("ok", os.Lchown(f[0], uid, uid))
+	case "clock": // of CLOCK_BOOTTIME and CLOCK_MONOTONIC, in seconds
+		n, _ := strconv.Atoi(x)
+		var ts unix.Timespec
+		err := unix.ClockGettime(int32(n), &ts)
+		return text(strconv.FormatInt(ts.Sec, 10), err)
 	case "socket":
 		n, _ := strconv.Atoi(x)
 		fd, err := unix.Socket(n, unix.SOCK_DGRAM, 0)

@@ -13,7 +13,6 @@ import (
 	"github.com/containerd/errdefs"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
-
 )
 
 const atCwd = unix.AT_FDCWD
@@ -261,7 +260,9 @@ func (c *Container) identity(s *script, p *specs.Process, terminal bool) (warnin
 	return warnings, nil
 }
 
-func capHeader() []byte { return bytesOf(&unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}) }
+func capHeader() []byte {
+	return bytesOf(&unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3})
+}
 
 // seal appends the filter, the last thing before execve, and what only it needed.
 // A filter with a listener waits at the read end in until the listener has it.

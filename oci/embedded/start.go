@@ -209,7 +209,6 @@ func (c *Container) runEarlyHooks(ctx context.Context, ch *child) error {
 		if _, err := c.begin(s, nil); err != nil {
 			return nil, err
 		}
-		p := hookProcess(h)
 		return c.spawnInside(s, ch.PidFD, ch.Pid, launch{stdio: [3]*os.File{in, out, out}}, func() error {
 			if c.plan.user() {
 				s.do("setresgid", unix.SYS_SETRESGID, 0, 0, 0).ignore(unix.EINVAL)
@@ -218,7 +217,7 @@ func (c *Container) runEarlyHooks(ctx context.Context, ch *child) error {
 			s.do("chdir", unix.SYS_CHDIR, "/")
 			s.do("close_range", unix.SYS_CLOSE_RANGE, s.status(), uintptr(0xffffffff), unix.CLOSE_RANGE_CLOEXEC)
 			s.do("signal mask", unix.SYS_RT_SIGPROCMASK, 2, make([]byte, 8), 0, 8)
-			s.exec(p)
+			s.execHook(h)
 			return nil
 		})
 	})
@@ -233,7 +232,7 @@ func (c *Container) runStartHooks(ctx context.Context, pidfd *os.File, pid int) 
 	}
 	return c.runInside(ctx, "startContainer", h.StartContainer, c.hookState(specs.StateCreated, pid), func(h specs.Hook, in, out *os.File) (*child, error) {
 		p := *c.plan.spec.Process
-		p.Args, p.Env, p.Terminal = hookProcess(h).Args, h.Env, false
+		p.Terminal = false
 		s := newScript(nil)
 		if _, err := c.begin(s, &p); err != nil {
 			return nil, err
@@ -242,7 +241,7 @@ func (c *Container) runStartHooks(ctx context.Context, pidfd *os.File, pid int) 
 			if _, err := c.identity(s, &p, false); err != nil {
 				return err
 			}
-			s.exec(&specs.Process{Args: append([]string{h.Path}, p.Args[1:]...), Env: p.Env})
+			s.execHook(h)
 			return nil
 		})
 	})
@@ -306,4 +305,3 @@ func (c *Container) giveStdio(files [3]*os.File, user uint32, terminal bool) err
 	}
 	return nil
 }
-

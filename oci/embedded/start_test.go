@@ -273,11 +273,56 @@ func TestCreateErrors(t *testing.T) {
 		kind       error
 		change     func(s *specs.Spec)
 	}{
-		{"user namespace", "linux.namespaces", errdefs.ErrNotImplemented, func(s *specs.Spec) {
+		{"user namespace without a mapping", "linux.uidMappings: missing", errdefs.ErrInvalidArgument, func(s *specs.Spec) {
 			s.Linux.Namespaces = append(s.Linux.Namespaces, specs.LinuxNamespace{Type: specs.UserNamespace})
 		}},
-		{"hooks", "hooks", errdefs.ErrNotImplemented, func(s *specs.Spec) { s.Hooks = &specs.Hooks{Poststop: []specs.Hook{{Path: "/x"}}} }},
-		{"scheduler", "process.scheduler", errdefs.ErrNotImplemented, func(s *specs.Spec) { s.Process.Scheduler = &specs.Scheduler{} }},
+		{"mapping without a user namespace", "linux.uidMappings, linux.gidMappings: set", errdefs.ErrInvalidArgument, func(s *specs.Spec) {
+			s.Linux.UIDMappings = []specs.LinuxIDMapping{{HostID: 1, Size: 1}}
+		}},
+		{"overlapping ranges", "linux.uidMappings[1]: overlaps linux.uidMappings[0]", errdefs.ErrInvalidArgument, func(s *specs.Spec) {
+			userNS(s, 100000, 65536)
+			s.Linux.UIDMappings = append(s.Linux.UIDMappings, specs.LinuxIDMapping{ContainerID: 65535, HostID: 1, Size: 9})
+		}},
+		{"id without a mapping", "process.user.uid 70000: not in linux.uidMappings", errdefs.ErrInvalidArgument, func(s *specs.Spec) {
+			userNS(s, 100000, 65536)
+			s.Process.User.UID = 70000
+		}},
+		{"group without a mapping", "process.user.additionalGids: 70000", errdefs.ErrInvalidArgument, func(s *specs.Spec) {
+			userNS(s, 100000, 65536)
+			s.Process.User.AdditionalGids = []uint32{70000}
+		}},
+		{"relative hook", `hooks.poststop[0].path "x"`, errdefs.ErrInvalidArgument, func(s *specs.Spec) { s.Hooks = &specs.Hooks{Poststop: []specs.Hook{{Path: "x"}}} }},
+		{"hook timeout", "hooks.createContainer[0].timeout 0", errdefs.ErrInvalidArgument, func(s *specs.Spec) {
+			s.Hooks = &specs.Hooks{CreateContainer: []specs.Hook{{Path: "/x", Timeout: ptr(0)}}}
+		}},
+		{"scheduler", "process.scheduler", errdefs.ErrInvalidArgument, func(s *specs.Spec) { s.Process.Scheduler = &specs.Scheduler{} }},
+		{"io priority", "process.ioPriority", errdefs.ErrInvalidArgument, func(s *specs.Spec) { s.Process.IOPriority = &specs.LinuxIOPriority{Class: "x"} }},
+		{"time offsets without a namespace", "linux.timeOffsets", errdefs.ErrInvalidArgument, func(s *specs.Spec) {
+			s.Linux.TimeOffsets = map[string]specs.LinuxTimeOffset{"boottime": {Secs: 1}}
+		}},
+		{"unknown clock", `linux.timeOffsets: clock "x"`, errdefs.ErrInvalidArgument, func(s *specs.Spec) {
+			s.Linux.Namespaces = append(s.Linux.Namespaces, specs.LinuxNamespace{Type: specs.TimeNamespace})
+			s.Linux.TimeOffsets = map[string]specs.LinuxTimeOffset{"x": {Secs: 1}}
+		}},
+		{"namespace path that is none", "linux.namespaces: uts: path \"/etc/passwd\": not a namespace", errdefs.ErrInvalidArgument, func(s *specs.Spec) {
+			s.Linux.Namespaces[3].Path = "/etc/passwd"
+		}},
+		{"namespace path of another kind", "linux.namespaces: uts: path \"/proc/self/ns/net\": a namespace of another type", errdefs.ErrInvalidArgument, func(s *specs.Spec) {
+			s.Linux.Namespaces[3].Path = "/proc/self/ns/net"
+		}},
+		{"mounts in the host's mount namespace", "mounts: needs a mount namespace of its own", errdefs.ErrInvalidArgument, func(s *specs.Spec) {
+			s.Linux.Namespaces = s.Linux.Namespaces[:4]
+		}},
+		{"idmap of a tmpfs", "an idmapped mount is a bind mount", errdefs.ErrInvalidArgument, func(s *specs.Spec) {
+			s.Mounts = append(s.Mounts, specs.Mount{Destination: "/data", Type: "tmpfs", Options: []string{"idmap"}})
+		}},
+		{"idmap without a mapping", "idmap without mappings", errdefs.ErrInvalidArgument, func(s *specs.Spec) {
+			s.Mounts = append(s.Mounts, bind("/data", "/tmp", "idmap"))
+		}},
+		{"network device without a namespace", "linux.netDevices", errdefs.ErrInvalidArgument, func(s *specs.Spec) {
+			s.Linux.Namespaces = append(s.Linux.Namespaces[:1], s.Linux.Namespaces[2:]...)
+			s.Linux.NetDevices = map[string]specs.LinuxNetDevice{"eth9": {}}
+		}},
 		{"missing source", `mount "/data": source "/no/such": open_tree: no such file`, nil, func(s *specs.Spec) {
 			s.Mounts = append(s.Mounts, specs.Mount{Destination: "/data", Type: "bind", Source: "/no/such"})
 		}},

@@ -58,4 +58,3 @@ func (p *plan) checkSysctls(in map[string]string) ([]sysctl, error) {
 	}
 	return out, nil
 }
-

@@ -38,6 +38,10 @@ func inside(args []string) {
 	switch args[0] {
 	case "sleep":
 		time.Sleep(time.Minute)
+	case "filter":
+		err := os.Mkdir("/tmp/x", 0o755)
+		status, _ := os.ReadFile("/proc/self/status")
+		fmt.Println(strings.Contains(string(status), "Seccomp:\t2\n"), err)
 	case "env":
 		fmt.Printf("%q\n", os.Getenv(args[1]))
 	case "eat": // MiB
@@ -365,6 +369,28 @@ func TestIsolatedEnvironmentBytes(t *testing.T) {
 	b := make([]byte, 100)
 	if got, _ := out.Read(b); string(b[:got]) != `"\xff\x80b"`+"\n" {
 		t.Errorf("environment of an exec %q", b[:got])
+	}
+}
+
+// TestIsolatedSeccomp: the profile that travels by its digest is in force, for
+// the first container with it and the next, and no other is in its place.
+func TestIsolatedSeccomp(t *testing.T) {
+	n := newNode(t)
+	c, root := n.open(), rootfs(t)
+	t.Cleanup(removeCgroupRoot)
+	for _, errno := range []uint{18, 18, 39, 18} {
+		r := isolated(root, "filter")
+		r.Spec.Linux.Seccomp = &specs.LinuxSeccomp{DefaultAction: specs.ActAllow, Syscalls: []specs.LinuxSyscall{
+			{Names: []string{"mkdir", "mkdirat"}, Action: specs.ActErrno, ErrnoRet: &errno},
+		}}
+		k, log := startIsolated(t, c, n.dir, r)
+		exitOf(t, c, k)
+		if got, want := output(t, log), fmt.Sprintf("true mkdir /tmp/x: %v\n", syscall.Errno(errno)); !strings.HasSuffix(got, want) {
+			t.Errorf("%q, want %q", got, want)
+		}
+		if err := c.Delete(t.Context(), k); err != nil {
+			t.Error(err)
+		}
 	}
 }
 

@@ -54,7 +54,7 @@ func (c *conn) handle(f wire.Frame, files []*os.File) (body any, out []*os.File,
 		return wire.HelloReply{Version: min(h.Version, wire.Version), Pid: os.Getpid(), Build: version.String()}, nil, nil, nil
 	case wire.OpList:
 		return wire.ListReply{Containers: s.list()}, nil, nil, nil
-	case wire.OpCreate:
+	case wire.OpCreate, wire.OpCreateProfile:
 		return nil, nil, nil, s.create(f)
 	case wire.OpStart:
 		r, k, err := on(s, f, func(r wire.Start) id.Container { return r.ID })
@@ -100,6 +100,8 @@ func (c *conn) handle(f wire.Frame, files []*os.File) (body any, out []*os.File,
 // simple serves the requests that are answered with nothing.
 func (s *Server) simple(f wire.Frame, files []*os.File) error {
 	switch f.Op {
+	case wire.OpProfile:
+		return s.profiles.put(f)
 	case wire.OpSignal:
 		r, c, err := on(s, f, func(r wire.Signal) id.Container { return r.ID })
 		if err != nil {
@@ -196,7 +198,7 @@ func (c *conn) exec(f wire.Frame, files []*os.File) (any, []*os.File, func(), er
 	return reply, nil, after, err
 }
 
-// create serves OpCreate. The same body again, after a lost answer, joins or
+// create serves OpCreate and OpCreateProfile. The same body again, after a lost answer, joins or
 // repeats the result of the first.
 func (s *Server) create(f wire.Frame) error {
 	r, err := decode[wire.Create](f)
@@ -212,6 +214,10 @@ func (s *Server) create(f wire.Frame) error {
 	}
 	if r.Spec == nil {
 		return fmt.Errorf("spec: missing: %w", errdefs.ErrInvalidArgument)
+	}
+	digest, err := s.profiles.fill(f.Op, &r)
+	if err != nil {
+		return err
 	}
 	c := &container{id: r.ID, hash: sha256.Sum256(f.Body), stdin: r.Stdin, stdinOnce: r.StdinOnce, made: make(chan struct{})}
 	s.mu.Lock()
@@ -238,7 +244,7 @@ func (s *Server) create(f wire.Frame) error {
 		close(c.made)
 	}()
 	s.complete(&r)
-	c.oci, c.makeErr = s.make(rt, r)
+	c.oci, c.makeErr = s.make(rt, r, digest)
 	return c.makeErr
 }
 
@@ -270,9 +276,9 @@ func setEnv(p *specs.Process, env [][]byte) {
 	}
 }
 
-func (s *Server) make(rt oci.Runtime, r wire.Create) (_ oci.Container, err error) {
+func (s *Server) make(rt oci.Runtime, r wire.Create, seccomp [32]byte) (_ oci.Container, err error) {
 	req := oci.CreateRequest{
-		ID: r.ID, Spec: r.Spec, Rootfs: r.Rootfs, PodInit: r.PodInit, Volumes: r.Volumes,
+		ID: r.ID, Spec: r.Spec, Rootfs: r.Rootfs, PodInit: r.PodInit, Volumes: r.Volumes, SeccompDigest: seccomp,
 		Namespaces: map[specs.LinuxNamespaceType]*os.File{}, MountFDs: map[string]*os.File{},
 	}
 	var files []*os.File

@@ -7,7 +7,8 @@
 // Locks: Server.mu guards the maps of containers, kept descriptors and
 // connections and is held for moments, never over a system call that can
 // block. A container has locks of its own (container.go). Order: container.mu,
-// then Server.mu; children.mu, attachers.mu and conn.mu are innermost.
+// then Server.mu; children.mu, attachers.mu, profiles.mu and conn.mu are
+// innermost.
 package supervisor
 
 import (
@@ -61,7 +62,8 @@ type Server struct {
 	cancel   context.CancelFunc
 	clients  sync.WaitGroup // goroutines of the connections
 	lives    sync.WaitGroup // goroutines of containers, which end with them
-	end      chan struct{}  // closed when it is time to leave
+	profiles profiles
+	end      chan struct{} // closed when it is time to leave
 	endOnce  sync.Once
 
 	mu         sync.Mutex

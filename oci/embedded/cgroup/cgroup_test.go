@@ -72,6 +72,13 @@ func create(t *testing.T, h *Host, r *specs.LinuxResources) *Cgroup {
 func sleeper(t *testing.T, c *Cgroup) *exec.Cmd {
 	t.Helper()
 	cmd := exec.Command("/bin/sleep", "1000")
+	start(t, c, cmd)
+	return cmd
+}
+
+// start starts a command and puts it into the cgroup.
+func start(t *testing.T, c *Cgroup, cmd *exec.Cmd) {
+	t.Helper()
 	dir, err := c.JoinDir()
 	if err != nil {
 		t.Fatal(err)
@@ -83,6 +90,10 @@ func sleeper(t *testing.T, c *Cgroup) *exec.Cmd {
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
+	t.Cleanup(func() {
+		_ = cmd.Process.Kill()
+		_ = cmd.Wait()
+	})
 	files, err := c.JoinFiles()
 	if err != nil {
 		t.Fatal(err)
@@ -93,11 +104,6 @@ func sleeper(t *testing.T, c *Cgroup) *exec.Cmd {
 		}
 		f.Close()
 	}
-	t.Cleanup(func() {
-		_ = cmd.Process.Kill()
-		_ = cmd.Wait()
-	})
-	return cmd
 }
 
 func TestKillFrozen(t *testing.T) {

@@ -11,6 +11,7 @@ import (
 	"strings"
 
 	"github.com/containerd/errdefs"
+	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 )
 
@@ -70,13 +71,43 @@ func (k deviceKey) covers(o deviceKey) bool {
 
 // v1 is the exception as devices.allow and devices.deny take it.
 func (k deviceKey) v1(bits int32) string {
+	return rule{kind: k.kind, major: k.major, minor: k.minor, access: accessText(bits)}.v1()
+}
+
+// accessText is the way back of accessBits.
+func accessText(bits int32) string {
 	access := make([]byte, 0, 3)
 	for i, bit := range [3]int32{unix.BPF_DEVCG_ACC_READ, unix.BPF_DEVCG_ACC_WRITE, unix.BPF_DEVCG_ACC_MKNOD} {
 		if bits&bit != 0 {
 			access = append(access, "rwm"[i])
 		}
 	}
-	return rule{kind: k.kind, major: k.major, minor: k.minor, access: string(access)}.v1()
+	return string(access)
+}
+
+// AllowedDevice is one entry of a list of allowed devices; -1 is any number.
+type AllowedDevice struct {
+	Kind         byte // 'b', 'c'
+	Major, Minor int64
+	Access       string // of "rwm"
+}
+
+// AllowedDevices returns what linux.resources.devices allow beside nothing; all
+// tells that it is everything. For rules that allow by default and deny some, the
+// list is empty and all is false.
+func AllowedDevices(in []specs.LinuxDeviceCgroup) (list []AllowedDevice, all bool, err error) {
+	rs, err := rules(in)
+	if err != nil {
+		return nil, false, err
+	}
+	s, err := deviceSetOf(rs)
+	if err != nil || s.allow {
+		return nil, err == nil && len(s.except) == 0, err
+	}
+	for _, k := range s.keys() {
+		list = append(list, AllowedDevice{k.kind, k.major, k.minor, accessText(s.except[k])})
+	}
+	return list, false, nil
 }
 
 // parseDeviceSet reads devices.list. A cgroup that allows by default does not

@@ -33,6 +33,8 @@ type setting struct {
 	// device, and unset the value of a device that has no line.
 	key, unset string
 
+	done *bool // of an update: written, so that it must be taken back
+
 	// merge makes the value of an update from what the file shows.
 	merge func(now string) string
 }
@@ -95,6 +97,9 @@ func (c *Cgroup) apply(sets []setting, warnings *[]string) error {
 			err := c.write(s, warnings)
 			switch {
 			case err == nil:
+				if s.done != nil {
+					*s.done = true
+				}
 			case errors.Is(err, unix.EINVAL), errors.Is(err, unix.EBUSY):
 				again = append(again, s)
 				if refused == nil {
@@ -175,6 +180,7 @@ func (c *Cgroup) Update(r *specs.LinuxResources) (warnings []string, err error) 
 	}
 	defer func() {
 		if err != nil {
+			back = slices.DeleteFunc(back, func(s setting) bool { return !*s.done })
 			err = errors.Join(err, c.apply(back, new([]string)))
 		}
 	}()
@@ -202,13 +208,56 @@ func (c *Cgroup) Update(r *specs.LinuxResources) (warnings []string, err error) 
 // tellUnit updates the unit. On v1 systemd writes device rules by denying
 // everything first: the container stands still meanwhile.
 func (c *Cgroup) tellUnit(r *specs.LinuxResources) error {
+	r, err := c.withBandwidth(r)
+	if err != nil {
+		return err
+	}
 	if len(r.Devices) == 0 || c.host.V2() {
 		return c.unit.Update(r)
 	}
 	return c.whileFrozen(func() error { return c.unit.Update(r) })
 }
 
-// snapshot returns the settings that undo sets, and completes those of sets that
+// withBandwidth completes quota and period by each other as the kernel has them:
+// systemd knows only the share that both make.
+func (c *Cgroup) withBandwidth(r *specs.LinuxResources) (*specs.LinuxResources, error) {
+	if r.CPU == nil || set(r.CPU.Quota) == set(r.CPU.Period) {
+		return r, nil
+	}
+	dir, err := c.controllerDir("cpu")
+	if err != nil {
+		return nil, err
+	}
+	var text string
+	if c.host.V2() {
+		text, err = readFile(filepath.Join(dir, "cpu.max"))
+	} else {
+		var period string
+		text, err = readFile(filepath.Join(dir, "cpu.cfs_quota_us"))
+		if err == nil {
+			period, err = readFile(filepath.Join(dir, "cpu.cfs_period_us"))
+			text += " " + period
+		}
+	}
+	if err != nil {
+		return nil, err
+	}
+	now := strings.Fields(strings.Replace(text, "max", "-1", 1))
+	if len(now) != 2 {
+		return nil, fmt.Errorf("cgroup %s: quota and period %q: %w", dir, text, errdefs.ErrUnavailable)
+	}
+	quota, qerr := strconv.ParseInt(now[0], 10, 64)
+	period, perr := strconv.ParseUint(now[1], 10, 64)
+	if err := errors.Join(qerr, perr); err != nil {
+		return nil, fmt.Errorf("cgroup %s: quota and period: %w", dir, err)
+	}
+	full, cpu := *r, *r.CPU
+	cpu.Quota, cpu.Period = &quota, &period
+	full.CPU = &cpu
+	return &full, nil
+}
+
+// snapshot returns the settings that undo sets once they are done, and completes those of sets that
 // depend on what is there.
 func (c *Cgroup) snapshot(sets []setting) ([]setting, error) {
 	var back []setting
@@ -234,7 +283,8 @@ func (c *Cgroup) snapshot(sets []setting) ([]setting, error) {
 			s.value = s.merge(was)
 		}
 		if v, ok := s.revert(was); ok {
-			back = append(back, setting{controller: s.controller, file: file, value: v, field: s.field})
+			s.done = new(bool)
+			back = append(back, setting{controller: s.controller, file: file, value: v, field: s.field, done: s.done})
 		}
 	}
 	slices.Reverse(back)

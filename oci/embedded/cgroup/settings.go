@@ -62,8 +62,8 @@ func Weight(shares uint64) uint64 {
 	return uint64(math.Ceil(math.Pow(10, (l*l+125*l)/612-7.0/34)))
 }
 
-// ioWeight converts blkio weights (10-1000) to those of io.weight (1-10000).
-func ioWeight(w uint16) string { return num(1 + (uint64(w)-10)*9999/990) }
+// IOWeight converts blkio weights (10-1000) to those of io.weight (1-10000).
+func IOWeight(w uint16) uint64 { return 1 + (uint64(max(w, 10))-10)*9999/990 }
 
 // checkWeight refuses weights out of the range of the block schedulers.
 func (k *collector) checkWeight(field string, w *uint16) bool {

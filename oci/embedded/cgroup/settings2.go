@@ -143,7 +143,7 @@ func blockV2(k *collector, b *specs.LinuxBlockIO) {
 		}
 	}
 	if k.checkWeight("blockIO.weight", b.Weight) {
-		weight("blockIO.weight", "default", num(*b.Weight), ioWeight(*b.Weight))
+		weight("blockIO.weight", "default", num(*b.Weight), num(IOWeight(*b.Weight)))
 	}
 	if set(b.LeafWeight) {
 		k.warn("blockIO.leafWeight", "not in cgroup v2")
@@ -151,7 +151,7 @@ func blockV2(k *collector, b *specs.LinuxBlockIO) {
 	for i, d := range b.WeightDevice {
 		field, key := fmt.Sprintf("blockIO.weightDevice[%d]", i), device(d.Major, d.Minor)
 		if k.checkWeight(field+".weight", d.Weight) {
-			weight(field+".weight", key, key+" "+num(*d.Weight), key+" "+ioWeight(*d.Weight))
+			weight(field+".weight", key, key+" "+num(*d.Weight), key+" "+num(IOWeight(*d.Weight)))
 		}
 		if set(d.LeafWeight) {
 			k.warn(field+".leafWeight", "not in cgroup v2")

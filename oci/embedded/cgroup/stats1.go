@@ -1,6 +1,7 @@
 package cgroup
 
 import (
+	"fmt"
 	"path/filepath"
 	"slices"
 	"strconv"
@@ -73,7 +74,7 @@ func (r *reader) cpuacct(dir string, u *CPUUsage) {
 func (r *reader) cpuset(dir string, s *CPUSetStats) {
 	list := func(file string) []uint16 {
 		text, _ := r.text(dir, file)
-		ns, err := parseList(text)
+		ns, err := ParseList(text)
 		if err != nil {
 			r.fail(filepath.Join(dir, file), err)
 		}
@@ -96,8 +97,8 @@ func (r *reader) cpuset(dir string, s *CPUSetStats) {
 	}
 }
 
-// parseList reads a list of numbers and ranges such as "0-2,7".
-func parseList(text string) ([]uint16, error) {
+// ParseList reads a list of processors or memory nodes such as "0-2,7".
+func ParseList(text string) ([]uint16, error) {
 	var out []uint16
 	for part := range strings.SplitSeq(strings.TrimSpace(text), ",") {
 		if part == "" {
@@ -113,6 +114,9 @@ func parseList(text string) ([]uint16, error) {
 			if b, err = strconv.ParseUint(to, 10, 16); err != nil {
 				return nil, err
 			}
+		}
+		if b < a {
+			return nil, fmt.Errorf("range %q: want the lower number first", part)
 		}
 		for n := a; n <= b; n++ {
 			out = append(out, uint16(n))

@@ -1,6 +1,7 @@
 package seccomp
 
-// System call numbers by name and architecture: facts of the kernel ABI (6.18).
+// System call numbers by name and architecture: facts of the kernel
+// ABI, up to Linux 7.0 (calls_test.go compares them with golang.org/x/sys).
 
 var x8664Calls = map[string]uint32{
 	"read":                    0,

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"runtime"
+	"strings"
 	"testing"
 
 	"github.com/containerd/errdefs"
@@ -233,21 +234,68 @@ func TestBadProfiles(t *testing.T) {
 	rule := func(s specs.LinuxSyscall) *specs.LinuxSeccomp {
 		return &specs.LinuxSeccomp{DefaultAction: specs.ActAllow, Syscalls: []specs.LinuxSyscall{s}}
 	}
-	for _, p := range []*specs.LinuxSeccomp{
-		{}, {DefaultAction: "X"}, {DefaultAction: specs.ActAllow, Architectures: []specs.Arch{"SCMP_ARCH_X"}},
-		{DefaultAction: specs.ActAllow, Flags: []specs.LinuxSeccompFlag{"X"}}, {DefaultAction: specs.ActErrno, DefaultErrnoRet: ptr(uint(1 << 20))},
-		rule(specs.LinuxSyscall{Action: specs.ActErrno}), rule(specs.LinuxSyscall{Names: []string{"read"}, Action: "X"}),
-		rule(specs.LinuxSyscall{Names: []string{"read"}, Action: specs.ActErrno, Args: []specs.LinuxSeccompArg{{Index: 6, Op: specs.OpEqualTo}}}),
-		rule(specs.LinuxSyscall{Names: []string{"read"}, Action: specs.ActErrno, Args: []specs.LinuxSeccompArg{{Op: "X"}}}),
+	read := []string{"read"}
+	notify := func(def specs.LinuxSeccompAction, more ...specs.LinuxSyscall) *specs.LinuxSeccomp {
+		return &specs.LinuxSeccomp{DefaultAction: def, ListenerPath: "/agent", Syscalls: append(more, specs.LinuxSyscall{Names: []string{"mkdir"}, Action: specs.ActNotify})}
+	}
+	noPath := notify(specs.ActAllow)
+	noPath.ListenerPath = ""
+	const wait = specs.LinuxSeccompFlagWaitKillableRecv
+	for field, p := range map[string]*specs.LinuxSeccomp{
+		`defaultAction ""`:                {},
+		`defaultAction "X"`:               {DefaultAction: "X"},
+		`architectures: "SCMP_ARCH_X"`:    {DefaultAction: specs.ActAllow, Architectures: []specs.Arch{"SCMP_ARCH_X"}},
+		`flags[0] "X"`:                    {DefaultAction: specs.ActAllow, Flags: []specs.LinuxSeccompFlag{"X"}},
+		`flags[1] "SECCOMP_FILTER_FLAG_W`: {DefaultAction: specs.ActAllow, Flags: []specs.LinuxSeccompFlag{flagTSYNC, wait}},
+		"defaultErrnoRet 4096":            {DefaultAction: specs.ActErrno, DefaultErrnoRet: ptr(uint(4096))},
+		"defaultErrnoRet 65536":           {DefaultAction: specs.ActTrace, DefaultErrnoRet: ptr(uint(65536))},
+		"defaultErrnoRet 1":               {DefaultAction: specs.ActKill, DefaultErrnoRet: ptr(uint(1))},
+		"syscalls[0].errnoRet 0":          rule(specs.LinuxSyscall{Names: read, Action: specs.ActLog, ErrnoRet: ptr(uint(0))}),
+		"syscalls[0].names":               rule(specs.LinuxSyscall{Action: specs.ActErrno}),
+		"names: empty, or":                rule(specs.LinuxSyscall{Names: []string{"read", ""}, Action: specs.ActErrno}),
+		`syscalls[0].action "X"`:          rule(specs.LinuxSyscall{Names: read, Action: "X"}),
+		"args[0].index 6":                 rule(specs.LinuxSyscall{Names: read, Action: specs.ActErrno, Args: []specs.LinuxSeccompArg{{Index: 6, Op: specs.OpEqualTo}}}),
+		`args[0].op "X"`:                  rule(specs.LinuxSyscall{Names: read, Action: specs.ActErrno, Args: []specs.LinuxSeccompArg{{Op: "X"}}}),
+
+		"listenerMetadata":          {DefaultAction: specs.ActAllow, ListenerMetadata: "m"},
+		"listenerPath \"\"":         noPath,
+		"as default action":         {DefaultAction: specs.ActNotify, ListenerPath: "/agent"},
+		"for the write syscall":     notify(specs.ActAllow, specs.LinuxSyscall{Names: []string{"write"}, Action: specs.ActNotify}),
+		`"write" must be allowed`:   notify(specs.ActErrno, specs.LinuxSyscall{Names: read, Action: specs.ActAllow}),
+		`"read" must be allowed`:    notify(specs.ActAllow, specs.LinuxSyscall{Names: read, Action: specs.ActKill}),
+		`"write" must be allowed w`: notify(specs.ActAllow, specs.LinuxSyscall{Names: []string{"write"}, Action: specs.ActErrno, Args: []specs.LinuxSeccompArg{{Value: 3, Op: specs.OpEqualTo}}}),
 	} {
-		if _, err := Compile(p); !errors.Is(err, errdefs.ErrInvalidArgument) {
-			t.Errorf("%+v: %v", p, err)
+		if _, err := Compile(p); !errors.Is(err, errdefs.ErrInvalidArgument) || !strings.Contains(err.Error(), field) {
+			t.Errorf("%s: %v", field, err)
 		}
 	}
-	for _, p := range []*specs.LinuxSeccomp{{DefaultAction: specs.ActNotify}, {DefaultAction: specs.ActAllow, ListenerPath: "/x"}} {
-		if _, err := Compile(p); !errors.Is(err, errdefs.ErrNotImplemented) {
-			t.Errorf("%+v: %v", p, err)
-		}
+}
+
+func TestNotify(t *testing.T) {
+	p := &specs.LinuxSeccomp{
+		DefaultAction: specs.ActErrno, ListenerPath: "/agent", ListenerMetadata: "m",
+		Flags: []specs.LinuxSeccompFlag{flagTSYNC, specs.LinuxSeccompFlagWaitKillableRecv, specs.LinuxSeccompFlagLog, specs.LinuxSeccompFlagSpecAllow},
+		Syscalls: []specs.LinuxSyscall{
+			{Names: []string{"write"}, Action: specs.ActAllow},
+			{Names: []string{"read", "close", "execve"}, Action: specs.ActNotify}, // as runc: only write must not
+		},
+	}
+	f, err := Compile(p)
+	if err != nil {
+		t.Fatal(err)
+	}
+	const want = unix.SECCOMP_FILTER_FLAG_NEW_LISTENER | unix.SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV | unix.SECCOMP_FILTER_FLAG_LOG | unix.SECCOMP_FILTER_FLAG_SPEC_ALLOW
+	if !f.Listener || f.Flags != want {
+		t.Errorf("listener %v, flags %#x", f.Listener, f.Flags)
+	}
+	arch, calls := native()
+	if got := run(t, f.Prog, call{nr: calls["close"], arch: arch}); got != unix.SECCOMP_RET_USER_NOTIF {
+		t.Errorf("close: %#x", got)
+	}
+	// Without a rule that notifies, the path is ignored (runtime-spec).
+	p.Syscalls, p.Flags = p.Syscalls[:1], nil
+	if f, err = Compile(p); err != nil || f.Listener || f.Flags != 0 {
+		t.Errorf("%+v, %v", f, err)
 	}
 }
 

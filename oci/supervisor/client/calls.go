@@ -21,14 +21,6 @@ func (c *Client) plain(ctx context.Context, op wire.Op, body any, files ...*os.F
 	return err
 }
 
-// Create makes a container. The same request again, after a lost answer, succeeds.
-func (c *Client) Create(ctx context.Context, r wire.Create) error {
-	if r.Spec != nil && r.Env == nil {
-		r.Env = rawEnv(r.Spec.Process)
-	}
-	return c.plain(ctx, wire.OpCreate, r)
-}
-
 // rawEnv returns the environment as bytes when JSON strings would change it: a
 // value may be any bytes but NUL, and encoding/json replaces what is not UTF-8.
 func rawEnv(p *specs.Process) [][]byte {

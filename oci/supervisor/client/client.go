@@ -59,7 +59,8 @@ type Client struct {
 
 // link is one connection and what waits on it.
 type link struct {
-	conn *wire.Conn
+	conn    *wire.Conn
+	version int // of the protocol
 
 	mu      sync.Mutex
 	last    uint64
@@ -85,13 +86,13 @@ func Open(ctx context.Context, cfg Config) (*Client, error) {
 	}
 	c := &Client{cfg: cfg, exits: newExitQueue(), resync: make(chan struct{}, 1), ready: make(chan struct{}), waitTime: waitTime}
 	c.ctx, c.cancel = context.WithCancel(context.Background())
-	conn, err := c.connect(ctx)
+	l, err := c.connect(ctx)
 	if err != nil {
 		c.cancel()
 		c.done.Wait()
 		return nil, err
 	}
-	l := c.use(conn)
+	c.use(l)
 	c.done.Go(func() { c.run(l) })
 	c.done.Go(c.exits.run)
 	return c, nil
@@ -117,13 +118,11 @@ func (c *Client) Exits() <-chan wire.Exit { return c.exits.out }
 // Resync fires after the connection was lost and made again.
 func (c *Client) Resync() <-chan struct{} { return c.resync }
 
-func (c *Client) use(conn *wire.Conn) *link {
-	l := &link{conn: conn, pending: map[uint64]chan answer{}, execs: map[execKey]chan wire.Exit{}}
+func (c *Client) use(l *link) {
 	c.mu.Lock()
 	c.link = l
 	close(c.ready)
 	c.mu.Unlock()
-	return l
 }
 
 // run reads, and connects again, until Close.
@@ -134,13 +133,14 @@ func (c *Client) run(l *link) {
 		c.link, c.ready = nil, make(chan struct{})
 		c.mu.Unlock()
 		l.fail()
-		conn, err := c.reconnect()
+		next, err := c.reconnect()
 		if err != nil {
 			return // closed
 		}
-		l = c.use(conn)
+		l = next
+		c.use(l)
 		if c.ctx.Err() != nil { // Close may have looked before this link was there
-			_ = conn.Close()
+			_ = l.conn.Close()
 		}
 		select {
 		case c.resync <- struct{}{}:
@@ -149,10 +149,10 @@ func (c *Client) run(l *link) {
 	}
 }
 
-func (c *Client) reconnect() (*wire.Conn, error) {
+func (c *Client) reconnect() (*link, error) {
 	for pause := 10 * time.Millisecond; c.ctx.Err() == nil; pause = min(2*pause, time.Second) {
-		if conn, err := c.connect(c.ctx); err == nil {
-			return conn, nil
+		if l, err := c.connect(c.ctx); err == nil {
+			return l, nil
 		}
 		select {
 		case <-c.ctx.Done():

@@ -26,11 +26,11 @@ const (
 )
 
 // connect dials the supervisor and starts it when nobody listens.
-func (c *Client) connect(ctx context.Context) (*wire.Conn, error) {
+func (c *Client) connect(ctx context.Context) (*link, error) {
 	cfg := c.cfg
-	conn, err := dial(cfg.StateDir)
+	l, err := dial(cfg.StateDir)
 	if err == nil {
-		return conn, nil
+		return l, nil
 	}
 	if !absent(err) || cfg.Binary == "" {
 		return nil, err
@@ -47,16 +47,16 @@ func (c *Client) connect(ctx context.Context) (*wire.Conn, error) {
 		case <-ctx.Done():
 			return nil, fmt.Errorf("supervisor: %w", ctx.Err())
 		case werr := <-ended:
-			if conn, err := dial(cfg.StateDir); err == nil {
-				return conn, nil
+			if l, err := dial(cfg.StateDir); err == nil {
+				return l, nil
 			}
 			return nil, fmt.Errorf("supervisor: %s ended at its start, see %s: %w: %w", cfg.Binary,
 				filepath.Join(cfg.StateDir, logName), werr, errdefs.ErrUnavailable)
 		case <-time.After(pause):
 		}
-		conn, err := dial(cfg.StateDir)
+		l, err := dial(cfg.StateDir)
 		if err == nil {
-			return conn, nil
+			return l, nil
 		}
 		if !absent(err) || time.Now().After(deadline) {
 			return nil, err
@@ -76,7 +76,7 @@ func absent(err error) bool {
 
 var errLeft = errors.New("supervisor closed the connection")
 
-func dial(state string) (*wire.Conn, error) {
+func dial(state string) (*link, error) {
 	path := filepath.Join(state, socketName)
 	fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
@@ -90,23 +90,25 @@ func dial(state string) (*wire.Conn, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := hello(conn); err != nil {
+	version, err := hello(conn)
+	if err != nil {
 		_ = conn.Close()
 		return nil, err
 	}
-	return conn, nil
+	return &link{conn: conn, version: version, pending: map[uint64]chan answer{}, execs: map[execKey]chan wire.Exit{}}, nil
 }
 
-func hello(conn *wire.Conn) error {
+// hello returns the protocol version that both sides speak.
+func hello(conn *wire.Conn) (int, error) {
 	body, err := json.Marshal(wire.Hello{Version: wire.Version, Events: true})
 	if err != nil {
-		return err
+		return 0, err
 	}
 	limit := time.Now().Add(helloTime)
 	_ = conn.SetSendDeadline(limit)
 	_ = conn.SetRecvDeadline(limit)
 	if err := conn.Send(wire.Frame{ID: 1, Op: wire.OpHello, Body: body}); err != nil {
-		return fmt.Errorf("supervisor: hello: %w: %w: %w", err, errLeft, errdefs.ErrUnavailable)
+		return 0, fmt.Errorf("supervisor: hello: %w: %w: %w", err, errLeft, errdefs.ErrUnavailable)
 	}
 	for {
 		f, files, err := conn.Recv()
@@ -114,7 +116,7 @@ func hello(conn *wire.Conn) error {
 			if !errors.Is(err, os.ErrDeadlineExceeded) && !errors.Is(err, wire.ErrProtocol) {
 				err = fmt.Errorf("%w: %w", err, errLeft)
 			}
-			return fmt.Errorf("supervisor: hello: %w: %w", err, errdefs.ErrUnavailable)
+			return 0, fmt.Errorf("supervisor: hello: %w: %w", err, errdefs.ErrUnavailable)
 		}
 		wire.CloseFiles(files)
 		if f.ID != 1 {
@@ -122,9 +124,13 @@ func hello(conn *wire.Conn) error {
 		}
 		_ = conn.SetRecvDeadline(time.Time{})
 		if f.Err != nil {
-			return f.Err
+			return 0, f.Err
 		}
-		return nil
+		var reply wire.HelloReply
+		if err := json.Unmarshal(f.Body, &reply); err != nil {
+			return 0, fmt.Errorf("supervisor: hello: %w: %w", err, errdefs.ErrInternal)
+		}
+		return reply.Version, nil
 	}
 }
 

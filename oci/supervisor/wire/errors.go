@@ -2,10 +2,15 @@ package wire
 
 import (
 	"errors"
+	"fmt"
 
 	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
 )
+
+// ErrUnknownProfile is the answer to a Create whose profile the supervisor does
+// not have: send it (OpProfile) and try again.
+var ErrUnknownProfile = fmt.Errorf("seccomp profile: %w", errdefs.ErrNotFound)
 
 // kinds pairs the words of the protocol with the error kinds of the house. The
 // first match is sent; a word that is not listed is read as internal.
@@ -13,6 +18,7 @@ var kinds = []struct {
 	word string
 	kind error
 }{
+	{"unknown-profile", ErrUnknownProfile},
 	{"not-found", errdefs.ErrNotFound},
 	{"invalid", errdefs.ErrInvalidArgument},
 	{"exists", errdefs.ErrAlreadyExists},

@@ -20,7 +20,7 @@ import (
 )
 
 // Version is the newest protocol version this code speaks.
-const Version = 1
+const Version = 2
 
 // Op names a request.
 type Op string
@@ -49,6 +49,14 @@ const (
 	OpExit       Op = "exit"        // notification: Exit
 )
 
+// Requests of version 2. A Create whose profile is named by its digest has an op
+// of its own: a supervisor of version 1 would not know the field and start the
+// container unconfined.
+const (
+	OpProfile       Op = "profile"        // Profile -> nil: keep a seccomp profile for later Creates
+	OpCreateProfile Op = "create-profile" // Create with Seccomp -> nil, or ErrUnknownProfile
+)
+
 // Frame is the header of every message. FDs says how many descriptors of the
 // SCM_RIGHTS stream belong to this frame.
 type Frame struct {
@@ -61,7 +69,7 @@ type Frame struct {
 
 // Error is an error with its errdefs kind, in words that survive versions.
 type Error struct {
-	Kind string `json:"kind"` // "not-found", "invalid", "exists", "precondition", "denied", "unavailable", "unimplemented", "exhausted", "internal"
+	Kind string `json:"kind"` // "not-found", "invalid", "exists", "precondition", "denied", "unavailable", "unimplemented", "exhausted", "internal", "unknown-profile" (version 2)
 	Text string `json:"text"`
 }
 
@@ -100,7 +108,22 @@ type Create struct {
 	// Env replaces Spec.Process.Env when it is set: environment values are raw
 	// bytes, and JSON strings carry UTF-8 only.
 	Env [][]byte `json:"env,omitempty"`
+	// Seccomp is the digest of a Profile that stands for Spec.Linux.Seccomp, which
+	// is not set then; with OpCreateProfile only.
+	Seccomp string `json:"seccomp,omitempty"`
 }
+
+// Profile is a seccomp profile (linux.seccomp as JSON, at most MaxProfile bytes)
+// and its digest, the SHA-256 of Text in hexadecimal. It is kept for as long as
+// there is room and the supervisor runs.
+type Profile struct {
+	Digest string          `json:"digest"`
+	Text   json.RawMessage `json:"text"`
+}
+
+// MaxProfile is the longest text of a Profile, in bytes; longer ones travel in
+// the spec.
+const MaxProfile = 1 << 20
 
 // Start runs a created container. LogPath "" discards output; otherwise the
 // file is opened O_APPEND (made if missing, with parents) before the program runs.

@@ -1,0 +1,65 @@
+package client
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+
+	"github.com/containerd/errdefs"
+
+	"github.com/berth-runtime/berth/oci/supervisor/wire"
+)
+
+// profileVersion is the first protocol version with profiles by digest.
+const profileVersion = 2
+
+// Create makes a container. The same request again, after a lost answer, succeeds.
+//
+// The seccomp profile is most of a spec's text and the same for nearly all
+// containers: it is sent once to each supervisor and named by its digest
+// afterwards.
+func (c *Client) Create(ctx context.Context, r wire.Create) error {
+	if r.Spec != nil && r.Env == nil {
+		r.Env = rawEnv(r.Spec.Process)
+	}
+	if r.Spec == nil || r.Spec.Linux == nil || r.Spec.Linux.Seccomp == nil {
+		return c.plain(ctx, wire.OpCreate, r)
+	}
+	short, profile, err := split(r)
+	if err != nil {
+		return err
+	}
+	// A supervisor may come and go, or be short of room, between two requests.
+	for range 3 {
+		l, err := c.wait(ctx)
+		if err != nil {
+			return err
+		}
+		if l.version < profileVersion || len(profile.Text) > wire.MaxProfile {
+			break
+		}
+		if err = c.plain(ctx, wire.OpCreateProfile, short); !errors.Is(err, wire.ErrUnknownProfile) {
+			return err
+		}
+		if err = c.plain(ctx, wire.OpProfile, profile); err != nil {
+			return err
+		}
+	}
+	return c.plain(ctx, wire.OpCreate, r)
+}
+
+// split takes the profile out of a request, whose spec stays as it is.
+func split(r wire.Create) (wire.Create, wire.Profile, error) {
+	text, err := json.Marshal(r.Spec.Linux.Seccomp)
+	if err != nil {
+		return r, wire.Profile{}, fmt.Errorf("linux.seccomp: %w: %w", err, errdefs.ErrInvalidArgument)
+	}
+	sum := sha256.Sum256(text)
+	s, l := *r.Spec, *r.Spec.Linux
+	l.Seccomp, s.Linux = nil, &l
+	r.Spec, r.Seccomp = &s, hex.EncodeToString(sum[:])
+	return r, wire.Profile{Digest: r.Seccomp, Text: text}, nil
+}
