@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 	"path/filepath"
 	"strconv"
 	"time"
@@ -104,13 +105,21 @@ func (a *app) launch(ctx context.Context, name string, l *launch) (err error) {
 		return err
 	}
 	defer p.PidFD.Close()
-	if l.detach {
-		return nil
-	}
 	// Others may delete the container from here on.
 	if err := m.dir.Close(); err != nil {
 		return err
 	}
+	if l.detach {
+		if l.runNow {
+			return m.notify.forward(p.Pid, p.PidFD)
+		}
+		return nil
+	}
+	go func() {
+		if err := m.notify.forward(os.Getpid(), p.PidFD); err != nil {
+			m.log.Warn(err.Error())
+		}
+	}()
 	code, err := m.att.wait(p)
 	if !l.keep {
 		err = errors.Join(err, m.delete())
@@ -128,6 +137,7 @@ type making struct {
 	name   string
 	bundle *bundle
 	att    *attachment // nil: detached
+	notify *notifier
 	dir    *state.Dir
 	rec    state.Record
 	rt     *embedded.Runtime
@@ -169,6 +179,9 @@ func (m *making) make(ctx context.Context) (p oci.Process, err error) {
 		}
 	}
 	if m.runNow {
+		if err := m.notify.listen(); err != nil {
+			return p, err
+		}
 		m.log.Debug("start", "container", m.name, "pid", p.Pid)
 		if err := release(ctx, m.dir, m.c); err != nil {
 			return p, err
@@ -204,6 +217,10 @@ func (m *making) create(ctx context.Context, u *undo.Stack, env []string) (err e
 	}
 	// The intent, before anything is made that it would take to find again.
 	if err := errors.Join(m.dir.SaveSpec(m.bundle.raw), m.dir.Save(m.rec)); err != nil {
+		return err
+	}
+	m.notify = newNotifier(m.dir.Path)
+	if err := m.notify.offer(s); err != nil {
 		return err
 	}
 	m.log.Debug("create", "container", m.name, "bundle", m.bundle.dir)

@@ -48,6 +48,15 @@ func (a *app) start(ctx context.Context, name string) (err error) {
 		return err
 	}
 	defer rt.Close()
+	n := newNotifier(d.Path)
+	if err := n.listen(); err != nil {
+		return err
+	}
+	pidfd, err := r.PidFD()
+	if err != nil {
+		return err
+	}
+	defer pidfd.Close()
 	if err := release(ctx, d, c); err != nil {
 		// The program does not run, or a poststart hook refused it: in neither case
 		// is it to go on. What is left is a stopped container, as the spec has it.
@@ -56,7 +65,10 @@ func (a *app) start(ctx context.Context, name string) (err error) {
 		}
 		return err
 	}
-	return nil
+	if err := d.Close(); err != nil { // others may delete it while its program gets ready
+		return err
+	}
+	return n.forward(r.Saved.Pid, pidfd)
 }
 
 // release lets the first process through its gate, which is removed then.

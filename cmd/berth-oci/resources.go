@@ -317,7 +317,7 @@ func parseSize(s string) (int64, error) {
 		factor = 1 << (10 * (shift + 1))
 	}
 	n, err := strconv.ParseFloat(digits, 64)
-	if err != nil || n < 0 || n*float64(factor) >= 1<<63 {
+	if err != nil || !(n >= 0 && n*float64(factor) < 1<<63) { // nor NaN
 		return 0, errors.New("want a number of bytes such as 64m")
 	}
 	return int64(n * float64(factor)), nil

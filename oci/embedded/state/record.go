@@ -38,7 +38,6 @@ type Record struct {
 	KeepKeyring bool              `json:"keepKeyring,omitempty"` // --no-new-keyring
 	NoCgroup    bool              `json:"noCgroup,omitempty"`
 	Systemd     bool              `json:"systemd,omitempty"` // its cgroup is a unit of systemd
-	Notify      string            `json:"notify,omitempty"`  // socket in the container's directory that its sd_notify messages come to
 	// Saved.Pid is 0 until the first process exists.
 	Saved embedded.Saved `json:"saved"`
 }

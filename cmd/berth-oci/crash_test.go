@@ -1,0 +1,128 @@
+package main
+
+import (
+	"os"
+	"path/filepath"
+	"testing"
+	"time"
+)
+
+// killed runs a command and kills it after a while.
+func (b *bench) killed(after time.Duration, args ...string) {
+	b.t.Helper()
+	c := b.command(args...)
+	if err := c.Start(); err != nil {
+		b.t.Fatal(err)
+	}
+	time.Sleep(after)
+	_ = c.Process.Kill() // it may have ended
+	_ = c.Wait()
+}
+
+// moments are spread over what a command takes and somewhat more.
+func moments(t *testing.T) []time.Duration {
+	step := 250 * time.Microsecond
+	if testing.Short() {
+		step = 2 * time.Millisecond
+	}
+	var out []time.Duration
+	for d := time.Duration(0); d < 16*time.Millisecond; d += step {
+		out = append(out, d)
+	}
+	return out
+}
+
+// gone deletes what a killed command left and checks that it is all.
+func (b *bench) gone(id string) {
+	b.t.Helper()
+	if r := b.do("state", id); r.code != 0 {
+		r.says("container does not exist")
+	} else if s := b.state(id).Status; s == "creating" {
+		b.t.Fatalf("status %q with nobody at work", s)
+	}
+	if _, err := os.Stat(b.root); err == nil {
+		b.do("list").ok()
+	}
+	b.do("delete", "--force", id).ok()
+	b.nothingLeft()
+}
+
+func TestKillOfCreateAtAnyMoment(t *testing.T) {
+	b := newBench(t, "sleep")
+	for _, after := range moments(t) {
+		id := b.id()
+		b.killed(after, "create", id)
+		b.gone(id)
+		// The name is free again.
+		b.do("create", id).ok()
+		b.do("delete", id).ok()
+		if t.Failed() {
+			t.Fatalf("after %s", after)
+		}
+	}
+}
+
+func TestKillOfRunAtAnyMoment(t *testing.T) {
+	b := newBench(t, "sleep")
+	for i, after := range moments(t) {
+		id := b.id()
+		args := []string{"run", id}
+		if i%2 == 0 {
+			args = []string{"run", "--detach", id}
+		}
+		b.killed(after, args...)
+		b.gone(id)
+		if t.Failed() {
+			t.Fatalf("after %s", after)
+		}
+	}
+}
+
+func TestKillOfStartAtAnyMoment(t *testing.T) {
+	b := newBench(t, "sleep")
+	for _, after := range moments(t) {
+		id := b.id()
+		b.do("create", id).ok()
+		b.killed(after, "start", id)
+		// Running or not: what state says is what start goes by.
+		if b.state(id).Status == "created" {
+			b.do("start", id).ok()
+		}
+		b.status(id, "running")
+		b.gone(id)
+		if t.Failed() {
+			t.Fatalf("after %s", after)
+		}
+	}
+}
+
+func TestKillOfDeleteAtAnyMoment(t *testing.T) {
+	b := newBench(t, "sleep")
+	for _, after := range moments(t) {
+		id := b.id()
+		b.do("run", "-d", id).ok()
+		b.killed(after, "delete", "--force", id)
+		b.gone(id)
+		if t.Failed() {
+			t.Fatalf("after %s", after)
+		}
+	}
+}
+
+// A directory that a killed create left before its record is no container, and in nobody's way.
+func TestADirectoryWithoutARecord(t *testing.T) {
+	b := newBench(t, "true")
+	id := b.id()
+	left := filepath.Join(b.root, id)
+	if err := os.MkdirAll(filepath.Join(left, "gate"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	b.do("state", id).exits(1).says("container does not exist")
+	b.do("list", "-q").ok().prints("")
+	b.do("run", id).ok()
+	if err := os.MkdirAll(filepath.Join(left, "gate"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	b.do("delete", "-f", id).ok()
+	b.nothingLeft()
+}
