@@ -19,6 +19,8 @@ import (
 	"github.com/berth-runtime/berth/internal/undo"
 	"github.com/berth-runtime/berth/oci"
 	"github.com/berth-runtime/berth/oci/embedded"
+	"github.com/berth-runtime/berth/oci/embedded/cgroup"
+	sdcgroup "github.com/berth-runtime/berth/oci/embedded/cgroup/systemd"
 	"github.com/berth-runtime/berth/oci/embedded/state"
 )
 
@@ -279,7 +281,18 @@ func (m *making) close() {
 
 // runtime makes the embedded runtime for this command.
 func (a *app) runtime(systemd, keepKeyring bool) (*embedded.Runtime, error) {
-	return embedded.New(embedded.Config{SystemdCgroups: systemd, KeepKeyring: keepKeyring, Log: a.log.Logger})
+	c := embedded.Config{KeepKeyring: keepKeyring, Log: a.log.Logger}
+	if systemd {
+		h, err := cgroup.Detect()
+		if err != nil {
+			return nil, err
+		}
+		// Its connection ends with this command.
+		if c.Cgroups, err = sdcgroup.New(h, os.Geteuid() != 0); err != nil {
+			return nil, err
+		}
+	}
+	return embedded.New(c)
 }
 
 // reopen finds a container that another command made. The caller closes the runtime.

@@ -40,6 +40,7 @@ type Container struct {
 	pts       *os.File // the devpts at /dev/pts
 
 	// Used up by Start.
+	standIn             *holder  // a process in the cgroup, where it needs one
 	userNS              *os.File // of the container, not the runtime's own
 	mountNS             *os.File // nil: the runtime's own
 	rootDir             *os.File // the root, where it is only a directory of the mount namespace
@@ -180,6 +181,10 @@ func closeAll(files ...**os.File) error {
 
 // closeStartFiles closes what only Start needs.
 func (c *Container) closeStartFiles() {
+	if c.standIn != nil {
+		_ = c.standIn.end() // killed, whatever it says
+		c.standIn = nil
+	}
 	// The mount namespace too: it is to go with the last process, not with Delete.
 	closeAll(&c.joinCgroupNS, &c.userNS, &c.mountNS, &c.rootDir, &c.maskDir, &c.maskNull, &c.ptyMaster, &c.ptySlave) // O_PATH and pty descriptors
 	for i := range c.ns {

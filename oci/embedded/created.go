@@ -226,7 +226,7 @@ func (r *Runtime) Reopen(s Saved) (_ *Container, err error) {
 		}
 	}()
 	if len(s.Cgroups) > 0 {
-		if c.cgroup, err = r.cgroups.OpenPaths(s.Cgroups); err != nil {
+		if c.cgroup, err = r.cgroups.Reopen(s.Spec.Linux.CgroupsPath, s.Cgroups); err != nil {
 			return nil, err
 		}
 	}

@@ -111,7 +111,16 @@ func (c *Container) spawnInside(s *script, pidfd *os.File, pid int, l launch, re
 	if err := rest(); err != nil {
 		return nil, err
 	}
-	return c.rt.spawn(s, l)
+	ch, err := c.rt.spawn(s, l)
+	if errors.Is(err, unix.EBUSY) && l.cgroup != nil {
+		// The container administers cgroups of its own below: see JoinDirBeside.
+		if l.cgroup, err = c.cgroup.JoinDirBeside(pid); err != nil {
+			return nil, err
+		}
+		defer l.cgroup.Close()
+		ch, err = c.rt.spawn(s, l)
+	}
+	return ch, err
 }
 
 // followExec waits until the program of an exec runs.

@@ -1,12 +1,15 @@
 package embedded
 
 import (
+	"context"
 	"encoding/binary"
+	"encoding/json"
 	"errors"
-	"io"
+	"net"
 	"os"
+	"slices"
 	"strings"
-	"syscall"
+	"sync"
 	"testing"
 	"unsafe"
 
@@ -14,96 +17,138 @@ import (
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 
+	"github.com/berth-runtime/berth/oci"
 	"github.com/berth-runtime/berth/oci/embedded/seccomp"
 )
 
-// TestListenerOfAScript: a start program loads a filter that denies all it does
-// not need and notifies of what it does next, reports the listener and waits; its
-// parent takes the listener and answers.
-func TestListenerOfAScript(t *testing.T) {
-	f, err := seccomp.Compile(&specs.LinuxSeccomp{DefaultAction: specs.ActErrno, ListenerPath: "/agent", Syscalls: []specs.LinuxSyscall{
-		{Names: []string{"read", "write", "exit_group"}, Action: specs.ActAllow}, {Names: []string{"getppid"}, Action: specs.ActNotify},
-	}})
+// agent answers mkdir(2) of one process after another with EEXIST, and returns
+// the states that came with the listeners.
+type agent struct {
+	path   string
+	states chan specs.ContainerProcessState
+}
+
+func newAgent(t *testing.T) *agent {
+	t.Helper()
+	a := &agent{path: t.TempDir() + "/agent", states: make(chan specs.ContainerProcessState, 8)}
+	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: a.path, Net: "unix"})
 	if err != nil {
 		t.Fatal(err)
 	}
-	pipe := func() (*os.File, *os.File) {
-		r, w, err := os.Pipe()
+	var all sync.WaitGroup
+	t.Cleanup(func() { l.Close(); all.Wait() })
+	all.Go(func() {
+		for {
+			conn, err := l.AcceptUnix()
+			if err != nil {
+				return
+			}
+			all.Go(func() { a.serve(t, conn) })
+		}
+	})
+	return a
+}
+
+func (a *agent) serve(t *testing.T, conn *net.UnixConn) {
+	defer conn.Close()
+	text, oob := make([]byte, 1<<16), make([]byte, 64)
+	n, oobn, _, _, err := conn.ReadMsgUnix(text, oob)
+	if err != nil {
+		t.Error(err)
+		return
+	}
+	var st specs.ContainerProcessState
+	msgs, err1 := unix.ParseSocketControlMessage(oob[:oobn])
+	if err := errors.Join(err1, json.Unmarshal(text[:n], &st)); err != nil || len(msgs) != 1 {
+		t.Error(err, len(msgs))
+		return
+	}
+	fds, err := unix.ParseUnixRights(&msgs[0])
+	if err != nil || len(fds) != 1 {
+		t.Error(err, fds)
+		return
+	}
+	listener := os.NewFile(uintptr(fds[0]), "listener")
+	defer listener.Close()
+	a.states <- st
+	for {
+		p := []unix.PollFd{{Fd: int32(fds[0]), Events: unix.POLLIN}}
+		if n, err := unix.Poll(p, -1); err == unix.EINTR {
+			continue
+		} else if err != nil || n == 1 && p[0].Revents&unix.POLLIN == 0 {
+			return // nobody uses the filter any more
+		}
+		var question [80]byte // struct seccomp_notif: id, pid, flags, data
+		if err := notify(listener, unix.SECCOMP_IOCTL_NOTIF_RECV, &question[0]); err != nil {
+			continue // the caller was killed meanwhile
+		}
+		var answer [24]byte // struct seccomp_notif_resp: id, val, error, flags
+		copy(answer[:8], question[:8])
+		result := -int32(unix.EEXIST)
+		binary.LittleEndian.PutUint32(answer[16:], uint32(result))
+		_ = notify(listener, unix.SECCOMP_IOCTL_NOTIF_SEND, &answer[0]) // as above
+	}
+}
+
+// TestListener: the agent has the filter before the program runs, of the first
+// process, of one that was created first, and of an exec.
+func TestListener(t *testing.T) {
+	r := runtimeFor(t)
+	for _, priv := range []bool{true, false} { // with and without no_new_privs
+		a := newAgent(t)
+		profile := &specs.LinuxSeccomp{
+			DefaultAction: specs.ActAllow, ListenerPath: a.path, ListenerMetadata: "meta",
+			Syscalls: []specs.LinuxSyscall{{Names: []string{"mkdir", "mkdirat"}, Action: specs.ActNotify}},
+		}
+		check := func(what string, status specs.ContainerState, out string) {
+			t.Helper()
+			expect(t, out, map[string]string{"mkdir:/tmp/x": "error: mkdir /tmp/x: file exists"})
+			st := <-a.states
+			if st.State.Status != status || st.Metadata != "meta" || st.Pid == 0 || st.State.Pid == 0 || !slices.Equal(st.Fds, []string{specs.SeccompFdName}) {
+				t.Errorf("%s: state %+v", what, st)
+			}
+		}
+		c := newContainer(t, "mkdir:/tmp/x", "fds:")
+		c.req.Spec.Linux.Seccomp, c.req.Spec.Process.NoNewPrivileges = profile, priv
+		out := c.output(r)
+		check("start", specs.StateCreating, out)
+		expect(t, out, map[string]string{"fds:": "0,1,2"})
+
+		c = newContainer(t, "mkdir:/tmp/x", "hold:")
+		c.req.Spec.Linux.Seccomp, c.req.Spec.Process.NoNewPrivileges = profile, priv
+		made, p, pipe, dir := c.prepare(t, r)
+		run := &running{t: t, c: made, p: p, out: pipe}
+		defer run.stop()
+		gate, err := OpenGate(dir)
 		if err != nil {
 			t.Fatal(err)
 		}
-		t.Cleanup(func() { r.Close(); w.Close() })
-		return r, w
-	}
-	status, statusW := pipe()
-	gate, gateW := pipe()
-	s := newScript()
-	s.do("no_new_privs", unix.SYS_PRCTL, unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-	listener := s.loadFilter(f).out()
-	s.do("report the listener", unix.SYS_WRITE, statusFD, uintptr(listener), 8) // the word itself, not its value
-	s.do("wait for the agent", unix.SYS_READ, s.fd(gate), uintptr(s.word()), 1)
-	s.do("exit", unix.SYS_EXIT_GROUP, s.do("getppid", unix.SYS_GETPPID).out())
-	prog, err := programFile(s.image())
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer prog.Close()
-	null, err := os.OpenFile(os.DevNull, os.O_RDWR, 0)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer null.Close()
-	pidfd := -1
-	pid, err := forkExec(&syscall.ProcAttr{
-		Files: []uintptr{null.Fd(), null.Fd(), null.Fd(), statusW.Fd(), prog.Fd(), gate.Fd()},
-		Env:   []string{}, Sys: &syscall.SysProcAttr{PidFD: &pidfd},
-	})
-	if err != nil {
-		t.Fatal(err)
-	}
-	statusW.Close()
-	process := os.NewFile(uintptr(pidfd), "pidfd")
-	defer process.Close()
-	ended := false
-	defer func() {
-		if !ended {
-			_ = unix.Kill(pid, unix.SIGKILL) // ours until it is reaped
-			_, _ = reap(pid)
+		if err := made.Release(context.Background(), gate); err != nil {
+			t.Fatal(err)
 		}
-	}()
-	var report [8]byte
-	if _, err := io.ReadFull(status, report[:]); err != nil {
-		t.Fatal(err)
+		gate.Close()
+		b := make([]byte, 4096)
+		n, _ := pipe.Read(b)
+		check("created", specs.StateRunning, string(b[:n]))
+		out, _, err = run.exec(process(c.req.Spec.Process, "mkdir:/tmp/x"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		check("exec", specs.StateRunning, out)
 	}
-	taken, err := seccomp.TakeFD(process, int(binary.LittleEndian.Uint64(report[:])))
-	if errors.Is(err, unix.EPERM) && os.Geteuid() != 0 {
-		t.Skip("needs ptrace access")
+}
+
+// TestListenerGone: without its agent a container is not started.
+func TestListenerGone(t *testing.T) {
+	r := runtimeFor(t)
+	c := newContainer(t, "id:")
+	c.req.Spec.Linux.Seccomp = &specs.LinuxSeccomp{
+		DefaultAction: specs.ActAllow, ListenerPath: t.TempDir() + "/none",
+		Syscalls: []specs.LinuxSyscall{{Names: []string{"mkdir"}, Action: specs.ActNotify}},
 	}
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer taken.Close()
-	if _, err := gateW.Write([]byte{1}); err != nil {
-		t.Fatal(err)
-	}
-	var question [80]byte // struct seccomp_notif: id, pid, flags, data
-	if err := notify(taken, unix.SECCOMP_IOCTL_NOTIF_RECV, &question[0]); err != nil {
-		t.Fatal(err)
-	}
-	if nr := binary.LittleEndian.Uint32(question[16:]); nr != unix.SYS_GETPPID {
-		t.Errorf("notified of call %d", nr)
-	}
-	var answer [24]byte // struct seccomp_notif_resp: id, val, error, flags
-	copy(answer[:8], question[:8])
-	answer[8] = 42
-	if err := notify(taken, unix.SECCOMP_IOCTL_NOTIF_SEND, &answer[0]); err != nil {
-		t.Fatal(err)
-	}
-	ws, err := reap(pid)
-	ended = true
-	if err != nil || !ws.Exited() || ws.ExitStatus() != 42 {
-		rest, _ := io.ReadAll(status)
-		t.Errorf("%#x, %v, %q", ws, err, rest)
+	_, err := c.create(r).Start(context.Background(), oci.Stdio{})
+	if err == nil || !strings.Contains(err.Error(), "linux.seccomp.listenerPath") {
+		t.Errorf("error %v", err)
 	}
 }
 

@@ -19,6 +19,7 @@ import (
 
 	"github.com/berth-runtime/berth/internal/id"
 	"github.com/berth-runtime/berth/oci"
+	"github.com/berth-runtime/berth/oci/embedded/cgroup"
 	"github.com/berth-runtime/berth/test/pace"
 )
 
@@ -57,10 +58,11 @@ func runtimeFor(t testing.TB) *Runtime {
 		if err := r.Close(); err != nil {
 			t.Error(err)
 		}
-		for _, c := range r.cgroups.V1 {
+		host := r.cgroups.(*cgroup.Host)
+		for _, c := range host.V1 {
 			_ = os.Remove(c.Mount + cgroupRoot)
 		}
-		_ = os.Remove(r.cgroups.Unified + cgroupRoot)
+		_ = os.Remove(host.Unified + cgroupRoot)
 		deadline := time.Now().Add(pace.Wait(2 * time.Second))
 		for {
 			after := state(t)

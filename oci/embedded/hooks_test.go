@@ -347,8 +347,7 @@ func TestCreatorDies(t *testing.T) {
 	}
 	s := newScript(nil)
 	in := s.fd(wait)
-	s.tell(msgHold, 0)
-	s.wait(in)
+	s.hold(in)
 	ch, err := r.spawn(s, launch{stdio: [3]*os.File{r.null, r.null, r.null}})
 	wait.Close()
 	if err != nil {

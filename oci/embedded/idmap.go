@@ -122,8 +122,7 @@ func (r *Runtime) hold(user *os.File, maps idMaps, flags int) (_ *holder, err er
 		s.do("join user namespace", unix.SYS_SETNS, s.fd(user), unix.CLONE_NEWUSER)
 	} else {
 		s.do("new user namespace", unix.SYS_UNSHARE, unix.CLONE_NEWUSER)
-		s.tell(msgHold, 0)
-		s.wait(in)
+		s.hold(in)
 	}
 	if flags != 0 {
 		// What the other namespaces hold belongs to the container's root; one without
@@ -132,8 +131,7 @@ func (r *Runtime) hold(user *os.File, maps idMaps, flags int) (_ *holder, err er
 		s.do("setresuid", unix.SYS_SETRESUID, 0, 0, 0).ignore(unix.EINVAL)
 		s.do("new namespaces", unix.SYS_UNSHARE, flags)
 	}
-	s.tell(msgHold, 0)
-	s.wait(in)
+	s.hold(in)
 	c, err := r.spawn(s, launch{stdio: [3]*os.File{r.null, r.null, r.null}})
 	if err != nil {
 		return nil, errors.Join(err, gate.Close())
@@ -155,6 +153,26 @@ func (r *Runtime) hold(user *os.File, maps idMaps, flags int) (_ *holder, err er
 		return nil, errors.Join(err, gate.Close())
 	}
 	return h, nil
+}
+
+// idle starts a process that does nothing until it is ended.
+func (r *Runtime) idle() (*holder, error) {
+	wait, gate, err := os.Pipe()
+	if err != nil {
+		return nil, err
+	}
+	defer wait.Close()
+	s := newScript(nil)
+	in := s.fd(wait)
+	s.hold(in)
+	c, err := r.spawn(s, launch{stdio: [3]*os.File{r.null, r.null, r.null}})
+	if err == nil {
+		_, err = c.next()
+	}
+	if err != nil {
+		return nil, errors.Join(err, gate.Close())
+	}
+	return &holder{c, r, gate}, nil
 }
 
 func (h *holder) writeMaps(maps idMaps) error {

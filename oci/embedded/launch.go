@@ -8,6 +8,7 @@ import (
 	"os"
 	"runtime"
 	"syscall"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -36,6 +37,9 @@ type child struct {
 	s      *script
 	status *os.File
 }
+
+// agentTime bounds what a seccomp agent may take to let the program start.
+const agentTime = 30 * time.Second
 
 // message is what a child tells on its status pipe.
 type message struct {
@@ -111,6 +115,10 @@ func (c *child) next() (message, error) {
 				return message{}, c.fail(err)
 			}
 		case kind <= maxMessage:
+			if kind == msgFilter {
+				// An agent that does not answer for execve must not hold the caller for ever.
+				_ = c.status.SetReadDeadline(time.Now().Add(agentTime)) // a pipe takes one
+			}
 			return message{int(kind), value}, nil
 		default:
 			_, err := io.ReadFull(c.status, b[msgSize:])

@@ -11,7 +11,6 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/berth-runtime/berth/oci"
-	"github.com/berth-runtime/berth/oci/embedded/cgroup"
 	"github.com/berth-runtime/berth/oci/embedded/seccomp"
 )
 
@@ -69,10 +68,10 @@ func (r *Runtime) plan(req oci.CreateRequest) (*plan, error) {
 		return nil, err
 	}
 	if s.Linux.CgroupsPath != "" {
-		var err error
-		if p.cgroupPath, err = cgroup.Clean(s.Linux.CgroupsPath); err != nil {
+		if err := r.cgroups.Check(s.Linux.CgroupsPath); err != nil {
 			return nil, err
 		}
+		p.cgroupPath = s.Linux.CgroupsPath
 	} else if s.Linux.Resources != nil && !emptyResources(s.Linux.Resources) {
 		return nil, invalid("linux.cgroupsPath: missing, but linux.resources asks for limits")
 	}

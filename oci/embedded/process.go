@@ -277,7 +277,9 @@ func (c *Container) seal(s *script, p *specs.Process, in childFD) error {
 	}
 	load := s.loadFilter(f)
 	if f.Listener {
-		s.tell(msgFilter, load.out())
+		at, value := s.message(msgFilter)
+		load.to(value)
+		s.tell(at)
 		s.wait(in)
 	}
 	if extra := uint64(1 << unix.CAP_SYS_ADMIN); !p.NoNewPrivileges && (extra&^caps.permitted != 0 || extra&^caps.effective != 0) {

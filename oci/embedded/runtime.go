@@ -18,11 +18,8 @@ import (
 
 // Config configures a Runtime; the zero value serves.
 type Config struct {
-	// Cgroups overrides the detected cgroup hierarchies.
-	Cgroups *cgroup.Host
-	// SystemdCgroups reads linux.cgroupsPath as "slice:prefix:name" and has systemd
-	// make the cgroup.
-	SystemdCgroups bool
+	// Cgroups makes the cgroups; nil means through the detected hierarchies.
+	Cgroups cgroup.Manager
 	// KeepKeyring leaves processes in the caller's session keyring.
 	KeepKeyring bool
 	// Log takes warnings; nil means slog.Default.
@@ -31,7 +28,7 @@ type Config struct {
 
 // Runtime makes containers. It holds no list of them.
 type Runtime struct {
-	cgroups *cgroup.Host
+	cgroups cgroup.Manager
 	log     *slog.Logger
 	proc    *os.File // a procfs of our own that nothing can be mounted over (invariant I2)
 	empty   *os.File // the empty mount namespace
@@ -144,6 +141,11 @@ func (r *Runtime) Create(ctx context.Context, req oci.CreateRequest) (_ oci.Cont
 		c.cgroup = cg
 		c.warnings = append(c.warnings, warnings...)
 		u.Push(cg.Delete)
+		if cg.NeedsProcess() {
+			if err := c.standInFor(cg); err != nil {
+				return nil, err
+			}
+		}
 		if c.joinDir, err = cg.JoinDir(); err != nil {
 			return nil, err
 		}
@@ -162,6 +164,17 @@ func (r *Runtime) Create(ctx context.Context, req oci.CreateRequest) (_ oci.Cont
 	}
 	u.Release()
 	return c, nil
+}
+
+// standInFor puts a process in a cgroup that is not there without one, until the
+// container's own comes.
+func (c *Container) standInFor(cg *cgroup.Cgroup) (err error) {
+	if c.standIn, err = c.rt.idle(); err != nil {
+		return err
+	}
+	warnings, err := cg.Adopt(c.standIn.Pid)
+	c.warnings = append(c.warnings, warnings...)
+	return err
 }
 
 // joinRDT makes the container's group of resctrl.

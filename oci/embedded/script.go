@@ -188,22 +188,24 @@ const (
 	maxMessage = 3
 )
 
-// tell appends the sending of a message with a value that an earlier op left.
-func (s *script) tell(kind int, value ref) {
+// message lays out a message; the op that is to fill its second word keeps its
+// result in value.
+func (s *script) message(kind int) (at uintptr, value ref) {
 	b := make([]byte, msgSize)
 	binary.LittleEndian.PutUint64(b, uint64(kind))
-	at := s.put(b)
-	if value != 0 {
-		// The kernel reads the second word from where the op put it: two parts.
-		iov := make([]byte, 0, 32)
-		for _, part := range []uintptr{at, uintptr(value)} {
-			iov = binary.LittleEndian.AppendUint64(iov, uint64(part))
-			iov = binary.LittleEndian.AppendUint64(iov, 8)
-		}
-		s.do("status", unix.SYS_WRITEV, s.status(), iov, 2)
-		return
-	}
-	s.do("status", unix.SYS_WRITE, s.status(), at, msgSize)
+	at = s.put(b)
+	return at, ref(at + 8)
+}
+
+// tell appends the sending of a message. It is a plain write: with a filter that
+// asks its listener, more may not be possible.
+func (s *script) tell(at uintptr) { s.do("status", unix.SYS_WRITE, s.status(), at, msgSize) }
+
+// hold appends a wait for one byte from f that is told first.
+func (s *script) hold(f childFD) {
+	at, _ := s.message(msgHold)
+	s.tell(at)
+	s.wait(f)
 }
 
 // wait appends a wait for one byte from f. The end of f, when everybody who
@@ -219,10 +221,11 @@ func (s *script) wait(f childFD) {
 func (s *script) forkInside(flags int) {
 	args := make([]byte, 88) // struct clone_args; no exit signal: CLONE_PARENT takes over the caller's
 	binary.LittleEndian.PutUint64(args, uint64(flags|unix.CLONE_PARENT))
-	pid := s.do("clone3", unix.SYS_CLONE3, args, len(args)).out()
+	at, pid := s.message(msgPid)
+	s.do("clone3", unix.SYS_CLONE3, args, len(args)).to(pid)
 	s.test("clone3", pid, -1, 0, unix.EPERM).ignore(unix.EPERM).skip(1)
 	s.jump(2)
-	s.tell(msgPid, pid)
+	s.tell(at)
 	s.do("exit", unix.SYS_EXIT_GROUP, 0)
 }
 

@@ -115,8 +115,7 @@ func (c *Container) compile(p *specs.Process, io oci.Stdio, gate *Gate) (_ *firs
 		f.launch.clone = unix.CLONE_NEWPID
 	}
 	if f.early {
-		s.tell(msgHold, 0)
-		s.wait(in)
+		s.hold(in)
 	}
 	c.enterRoot(s)
 	terminal := p.Terminal && !c.podInit
@@ -137,7 +136,8 @@ func (c *Container) compile(p *specs.Process, io oci.Stdio, gate *Gate) (_ *firs
 	}
 	if f.held {
 		s.lookup(p)
-		s.tell(msgHold, 0)
+		at, _ := s.message(msgHold)
+		s.tell(at)
 		if gate != nil {
 			s.do("gate", unix.SYS_DUP3, s.fd(gate.Status), s.status(), unix.O_CLOEXEC)
 			in = s.fd(gate.Go)

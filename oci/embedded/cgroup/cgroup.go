@@ -93,7 +93,7 @@ func (c *Cgroup) make(r *specs.LinuxResources) (warnings []string, err error) {
 }
 
 // Open returns the cgroup at path as it is. A relative path is looked up from
-// the caller's own cgroup of now; another process keeps Paths and uses OpenPaths.
+// the caller's own cgroup of now; another process keeps Paths and uses Reopen.
 func (h *Host) Open(path string) (*Cgroup, error) {
 	p, err := Clean(path)
 	if err != nil {
@@ -117,10 +117,10 @@ func (c *Cgroup) Paths() map[string]string {
 	return out
 }
 
-// OpenPaths returns the cgroup whose Paths these are, for another process than
-// its maker. Directories outside of the host's hierarchies are refused with an
-// error of kind InvalidArgument.
-func (h *Host) OpenPaths(paths map[string]string) (*Cgroup, error) {
+// Reopen implements Manager. A path of the spec may be relative to the cgroup of
+// the process that made the container, so dirs alone count. Directories outside of
+// the host's hierarchies are refused with an error of kind InvalidArgument.
+func (h *Host) Reopen(_ string, paths map[string]string) (*Cgroup, error) {
 	c := &Cgroup{host: h}
 	for _, d := range h.hierarchies() {
 		name := ""

@@ -35,6 +35,9 @@ type Manager interface {
 	Create(path string, r *specs.LinuxResources) (c *Cgroup, warnings []string, err error)
 	// Open returns the cgroup that Create made for path, as it is.
 	Open(path string) (*Cgroup, error)
+	// Reopen is Open for another process than the one that called Create: dirs
+	// are what Paths of the cgroup said.
+	Reopen(path string, dirs map[string]string) (*Cgroup, error)
 }
 
 // Controller is one mounted cgroup v1 hierarchy.

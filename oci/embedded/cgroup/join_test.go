@@ -32,7 +32,7 @@ func TestEveryHierarchyIsBelowTheParent(t *testing.T) {
 				t.Errorf("%s, want it in %s", strings.TrimSpace(line), c.path)
 			}
 		}
-		again, err := h.OpenPaths(c.Paths())
+		again, err := h.Reopen("", c.Paths())
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -45,10 +45,10 @@ func TestEveryHierarchyIsBelowTheParent(t *testing.T) {
 	})
 }
 
-func TestOpenPathsRefuses(t *testing.T) {
+func TestReopenRefuses(t *testing.T) {
 	h := &Host{V1: []Controller{{[]string{"cpu"}, "/sys/fs/cgroup/cpu"}}, Unified: "/sys/fs/cgroup/unified"}
 	for _, bad := range []map[string]string{{}, {"cpu": "/etc"}, {"cpu": "/sys/fs/cgroup/cpu/../../../../etc"}, {"": "/sys/fs/cgroup/unified"}, {"memory": "/x"}} {
-		if _, err := h.OpenPaths(bad); !errors.Is(err, errdefs.ErrInvalidArgument) {
+		if _, err := h.Reopen("", bad); !errors.Is(err, errdefs.ErrInvalidArgument) {
 			t.Errorf("%v: %v", bad, err)
 		}
 	}

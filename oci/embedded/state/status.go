@@ -144,7 +144,7 @@ func (r Record) frozen() (bool, error) {
 	if err != nil {
 		return false, err
 	}
-	c, err := h.OpenPaths(r.Saved.Cgroups)
+	c, err := h.Reopen("", r.Saved.Cgroups)
 	if err != nil {
 		return false, err
 	}

@@ -99,6 +99,11 @@ func (d *Driver) Open(path string) (*cgroup.Cgroup, error) {
 	return d.host.OpenManaged(at, u)
 }
 
+// Reopen implements cgroup.Manager: a unit's name says where it is.
+func (d *Driver) Reopen(path string, _ map[string]string) (*cgroup.Cgroup, error) {
+	return d.Open(path)
+}
+
 // unit returns the unit that a cgroups path names, and the path of its cgroup.
 func (d *Driver) unit(cgroupsPath string) (*unit, string, error) {
 	n, err := parseName(cgroupsPath, d.user)
