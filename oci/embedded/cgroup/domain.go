@@ -3,7 +3,6 @@ package cgroup
 import (
 	"errors"
 	"fmt"
-	"os"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -24,21 +23,41 @@ func (h *Host) complete(d dir) bool {
 }
 
 // enableControllers hands every controller of a v2 cgroup down to its children.
-// One by one: the kernel takes all or nothing, and a controller in use by the
-// domain's own threads must not keep back the others. What is missing shows up
-// when its limit is written: missing says why.
+// One by one: the kernel takes all or nothing, and one that it refuses must not
+// keep back the others. What is missing shows up when its limit is written:
+// missing says why.
+//
+// Nothing is handed down from a cgroup with processes of its own. The kernel
+// refuses most controllers there, but for cpu, cpuset and pids it makes the cgroup
+// a threaded domain instead, in which no child takes a process of another.
 func enableControllers(dir string) {
-	have, err := os.ReadFile(filepath.Join(dir, "cgroup.controllers"))
+	have, err := readFile(filepath.Join(dir, "cgroup.controllers"))
 	if err != nil {
 		return
 	}
-	on, _ := os.ReadFile(filepath.Join(dir, "cgroup.subtree_control"))
-	enabled := strings.Fields(string(on))
-	for c := range strings.FieldsSeq(string(have)) {
-		if !slices.Contains(enabled, c) {
-			_ = writeFile(filepath.Join(dir, "cgroup.subtree_control"), "+"+c)
+	on, _ := readFile(filepath.Join(dir, "cgroup.subtree_control"))
+	enabled := strings.Fields(on)
+	checked := false
+	for c := range strings.FieldsSeq(have) {
+		if slices.Contains(enabled, c) {
+			continue
 		}
+		if !checked && hasProcesses(dir) {
+			return
+		}
+		checked = true
+		_ = writeFile(filepath.Join(dir, "cgroup.subtree_control"), "+"+c)
 	}
+}
+
+// hasProcesses reports whether a cgroup that is not the root, for which other
+// rules hold, has processes in itself. The root has no cgroup.type.
+func hasProcesses(dir string) bool {
+	if _, err := readFile(filepath.Join(dir, "cgroup.type")); err != nil {
+		return false
+	}
+	procs, _ := readFile(filepath.Join(dir, "cgroup.procs"))
+	return procs != ""
 }
 
 // checkDomain refuses a cgroup that no process can join: one below a threaded
@@ -87,10 +106,14 @@ func (h *Host) missing(d dir, file string) error {
 
 // refusal asks the kernel again why it does not hand a controller down.
 func refusal(dir, controller string) string {
+	busy := ", because " + dir + " has processes of its own: move them to a child cgroup first"
+	if hasProcesses(dir) {
+		return busy
+	}
 	err := writeFile(filepath.Join(dir, "cgroup.subtree_control"), "+"+controller)
 	switch {
 	case errors.Is(err, unix.EBUSY):
-		return ", because " + dir + " has processes of its own: move them to a child cgroup first"
+		return busy
 	case errors.Is(err, unix.EOPNOTSUPP), errors.Is(err, unix.EINVAL):
 		return ", because " + dir + " is threaded or has threaded children: use a parent whose cgroup.type is \"domain\""
 	case errors.Is(err, unix.EACCES), errors.Is(err, unix.EPERM), errors.Is(err, unix.EROFS):

@@ -91,13 +91,20 @@ func TestParentWithProcesses(t *testing.T) {
 	if _, err := os.Stat(at + "/leaf"); err == nil {
 		t.Error("the cgroup was left")
 	}
-	// Without such a limit it goes.
+	if kind, err := readFile(at + "/cgroup.type"); err != nil || kind != "domain" {
+		t.Errorf("the parent is now %q: %v", kind, err)
+	}
+	// Without such a limit it goes, and takes a process.
 	c, _, err := h.Create(rel+"/leaf", nil)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := c.Delete(); err != nil {
+	sleeper(t, c)
+	if err := c.KillAll(); err != nil {
 		t.Error(err)
+	}
+	if kind, err := readFile(at + "/cgroup.type"); err != nil || kind != "domain" {
+		t.Errorf("the parent is now %q: %v", kind, err)
 	}
 }
 

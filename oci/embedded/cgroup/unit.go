@@ -25,20 +25,21 @@ type Unit interface {
 }
 
 // Managed returns the cgroup at the absolute path of a unit that is still to be
-// started: its limits are checked, and nothing is there until Adopt.
-func (h *Host) Managed(path string, r *specs.LinuxResources, u Unit) (c *Cgroup, warnings []string, err error) {
-	if c, err = h.OpenManaged(path, u); err != nil {
-		return nil, nil, err
+// started: its limits are checked, and nothing is there until Adopt, which has the
+// warnings, too.
+func (h *Host) Managed(path string, r *specs.LinuxResources, u Unit) (*Cgroup, error) {
+	c, err := h.OpenManaged(path, u)
+	if err != nil {
+		return nil, err
 	}
 	if r == nil {
 		r = &specs.LinuxResources{}
 	}
-	p, err := c.plan(r)
-	if err != nil {
-		return nil, nil, err
+	if _, err := c.plan(r); err != nil {
+		return nil, err
 	}
 	c.pending = r
-	return c, p.warnings, nil
+	return c, nil
 }
 
 // OpenManaged returns the cgroup at path of a unit that runs.

@@ -77,7 +77,7 @@ func (d *Driver) Check(path string) error {
 }
 
 // Create implements cgroup.Manager: limits are checked, systemd is not asked for
-// anything yet.
+// anything yet. Warnings are those of Adopt.
 func (d *Driver) Create(path string, r *specs.LinuxResources) (*cgroup.Cgroup, []string, error) {
 	u, at, err := d.unit(path)
 	if err != nil {
@@ -87,7 +87,8 @@ func (d *Driver) Create(path string, r *specs.LinuxResources) (*cgroup.Cgroup, [
 		r = &specs.LinuxResources{}
 	}
 	u.resources = r
-	return d.host.Managed(at, r, u)
+	c, err := d.host.Managed(at, r, u)
+	return c, nil, err
 }
 
 // Open implements cgroup.Manager.

@@ -18,13 +18,19 @@ import (
 	"github.com/berth-runtime/berth/oci/embedded/cgroup"
 )
 
-// bus runs a private dbus-daemon and returns its address.
-func bus(t *testing.T) string {
+// daemon finds dbus-daemon.
+func daemon(t *testing.T) string {
 	t.Helper()
-	daemon, err := exec.LookPath("dbus-daemon")
+	at, err := exec.LookPath("dbus-daemon")
 	if err != nil {
 		t.Skip("dbus-daemon is not installed (package dbus)")
 	}
+	return at
+}
+
+// bus runs a private dbus-daemon and returns its address.
+func bus(t *testing.T) string {
+	t.Helper()
 	dir := t.TempDir()
 	config := filepath.Join(dir, "bus.conf")
 	text := `<!DOCTYPE busconfig PUBLIC "-//freedesktop//DTD D-Bus Bus Configuration 1.0//EN" "http://www.freedesktop.org/standards/dbus/1.0/busconfig.dtd">
@@ -33,7 +39,7 @@ func bus(t *testing.T) string {
 	if err := os.WriteFile(config, []byte(text), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	cmd := exec.Command(daemon, "--config-file="+config, "--nofork", "--print-address")
+	cmd := exec.Command(daemon(t), "--config-file="+config, "--nofork", "--print-address")
 	out, err := cmd.StdoutPipe()
 	if err != nil {
 		t.Fatal(err)

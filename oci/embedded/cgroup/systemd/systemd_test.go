@@ -25,14 +25,18 @@ func each(t *testing.T, f func(t *testing.T, h *cgroup.Host, d *Driver, s *fake,
 	if os.Geteuid() != 0 {
 		t.Skip("needs root")
 	}
+	daemon(t)
 	host, err := cgroup.Detect()
 	if err != nil {
 		t.Fatal(err)
 	}
-	for name, h := range map[string]*cgroup.Host{"host": host, "v2": {Unified: host.Unified}} {
-		if h.Unified == "" && h.V2() {
-			continue
-		}
+	all := map[string]*cgroup.Host{"v1": host, "v2": {Unified: host.Unified}}
+	if host.V2() {
+		delete(all, "v1")
+	} else if !host.Hybrid() {
+		delete(all, "v2")
+	}
+	for name, h := range all {
 		t.Run(name, func(t *testing.T) {
 			addr := bus(t)
 			s := newFake(t, h, addr, "")
