@@ -101,6 +101,7 @@ func (a *app) exec(ctx context.Context, name string, args []string, x *further) 
 	if err != nil {
 		return err
 	}
+	setHome(p, fmt.Sprintf("/proc/%d/root", r.Saved.Pid))
 	if err := x.connect.check(p.Terminal, x.detach); err != nil {
 		return err
 	}
@@ -124,9 +125,10 @@ func (a *app) exec(ctx context.Context, name string, args []string, x *further) 
 	defer rt.Close()
 	if len(x.cgroups) > 0 {
 		if err := c.ExecBelow(x.cgroups...); err != nil {
-			return fmt.Errorf("--cgroup: %w", err)
+			return fmt.Errorf("--cgroup: bad sub cgroup path: %w", err)
 		}
 	}
+	a.log.Debug("exec", "container", name, "program", p.Args[0])
 	var att *attachment
 	if !x.detach {
 		att = attach(false)

@@ -89,7 +89,7 @@ func TestExecProcessFile(t *testing.T) {
 	if err := os.WriteFile(file, data, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	b.do("exec", "--process", file, id).ok().prints("ONLY=this\n")
+	b.do("exec", "--process", file, id).ok().prints("ONLY=this\nHOME=/\n")
 	if err := os.WriteFile(file, []byte("{\n \"args\": 5}"), 0o600); err != nil {
 		t.Fatal(err)
 	}

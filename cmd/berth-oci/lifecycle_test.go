@@ -70,6 +70,17 @@ func TestDeleteOfACreatedContainerNeedsNoForce(t *testing.T) {
 	b.nothingLeft()
 }
 
+func TestKillEndsACreatedContainer(t *testing.T) {
+	b := newBench(t, "sleep")
+	id := b.id()
+	b.do("create", id).ok()
+	b.do("kill", id, "WINCH").ok()
+	b.status(id, "created")
+	b.do("kill", id).ok()
+	b.eventually("stopped", func() bool { return b.state(id).Status == "stopped" })
+	b.do("delete", id).ok()
+}
+
 func TestRunEndsWithTheProgramsCode(t *testing.T) {
 	for _, c := range []struct {
 		args []string

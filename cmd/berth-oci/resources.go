@@ -296,7 +296,7 @@ func size(field func(*specs.LinuxResources) **int64) func(*specs.LinuxResources,
 func ignored(*specs.LinuxResources, string) error { return nil }
 
 func refused(*specs.LinuxResources, string) error {
-	return errors.New("Intel RDT is not supported; leave the flag out")
+	return errors.New("no support for Intel RDT; leave the flag out")
 }
 
 // parseSize reads a number of bytes with an optional unit: k, M, G, T, P, all

@@ -28,15 +28,6 @@ func (c *Container) Stats() (*cgroup.Stats, error) {
 	return cg.Stats()
 }
 
-// Frozen reports whether the container's processes are paused.
-func (c *Container) Frozen() (bool, error) {
-	cg, err := c.cgroupOrErr()
-	if err != nil {
-		return false, err
-	}
-	return cg.Frozen()
-}
-
 // ExecBelow has the processes of Exec join a cgroup below the container's, named
 // as for cgroup.Sub. It must exist.
 func (c *Container) ExecBelow(paths ...string) error {
