@@ -217,17 +217,33 @@ func (r *running) end() (string, unix.WaitStatus) {
 	return string(b), r.reap()
 }
 
+// others are the statuses of children that ended while another was waited for.
+var others = map[int]unix.WaitStatus{}
+
+// reap waits for a child, and takes every other that ends meanwhile as well: the
+// first process of a PID namespace ends after all others of it were reaped, and
+// a runtime whose exec failed leaves us its own.
+func reap(pid int) (unix.WaitStatus, error) {
+	for {
+		if ws, ok := others[pid]; ok {
+			delete(others, pid)
+			return ws, nil
+		}
+		var ws unix.WaitStatus
+		got, err := unix.Wait4(-1, &ws, 0, nil)
+		if err == nil {
+			others[got] = ws
+		} else if err != unix.EINTR {
+			return 0, err
+		}
+	}
+}
+
 func (r *running) reap() (ws unix.WaitStatus) {
 	r.t.Helper()
-	for {
-		_, err := unix.Wait4(r.p.Pid, &ws, 0, nil)
-		if err == unix.EINTR {
-			continue
-		}
-		if err != nil {
-			r.t.Errorf("process %d is not ours to wait for: %v", r.p.Pid, err)
-		}
-		break
+	ws, err := reap(r.p.Pid)
+	if err != nil {
+		r.t.Errorf("process %d is not ours to wait for: %v", r.p.Pid, err)
 	}
 	r.reaped = true
 	r.p.PidFD.Close()

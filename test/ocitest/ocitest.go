@@ -53,7 +53,10 @@ func Run(t *testing.T, open func(t *testing.T) oci.Runtime) {
 	} {
 		t.Run(x.name, func(t *testing.T) {
 			before := leftovers(t)
-			t.Cleanup(func() { nothingLeft(t, before) })
+			t.Cleanup(func() {
+				nothingLeft(t, before)
+				clear(others)
+			})
 			x.run(&suite{rt: open(t)}, t)
 		})
 	}
@@ -70,6 +73,7 @@ func nothingLeft(t *testing.T, before []string) {
 		}
 	}
 	for deadline := time.Now().Add(pace.Wait(2 * time.Second)); ; time.Sleep(10 * time.Millisecond) {
+		_, _ = unix.Wait4(-1, nil, unix.WNOHANG, nil) // a runtime's own that was left to us
 		now := leftovers(t)
 		if slices.Equal(before, now) {
 			return
