@@ -7,6 +7,7 @@ import (
 	"strconv"
 	"time"
 
+	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 )
 
@@ -51,9 +52,9 @@ func (s *consoleSocket) close() {
 	_ = os.Remove(s.path)
 }
 
-// receive takes the terminal out of the socket, and checks that it is one
-// (invariant I3).
-func (s *consoleSocket) receive() (*os.File, error) {
+// receive takes the terminal out of the socket, checks that it is one (invariant
+// I3) and sets its size, which not every runtime does; size may be nil.
+func (s *consoleSocket) receive(size *specs.Box) (*os.File, error) {
 	deadline := time.Now().Add(consoleTime)
 	if err := readable(s.fd, deadline); err != nil {
 		return nil, err
@@ -80,6 +81,9 @@ func (s *consoleSocket) receive() (*os.File, error) {
 	}
 	if err == nil && len(fds) == 1 {
 		if _, err = unix.IoctlGetInt(fds[0], unix.TIOCGPTN); err == nil {
+			if size != nil {
+				_ = unix.IoctlSetWinsize(fds[0], unix.TIOCSWINSZ, &unix.Winsize{Row: uint16(size.Height), Col: uint16(size.Width)})
+			}
 			return os.NewFile(uintptr(fds[0]), "pty"), nil
 		}
 	}

@@ -86,7 +86,7 @@ func (c *Container) start(ctx context.Context, io oci.Stdio) (_ oci.Process, err
 		return oci.Process{}, err
 	}
 	c.made = true
-	p, err := c.spawn(ctx, "create", []string{"--bundle", c.dir}, c.spec.Process.Terminal, io)
+	p, err := c.spawn(ctx, "create", []string{"--bundle", c.dir}, c.spec.Process, io)
 	if err != nil {
 		return oci.Process{}, err
 	}
@@ -104,7 +104,8 @@ func (c *Container) start(ctx context.Context, io oci.Stdio) (_ oci.Process, err
 }
 
 // spawn runs a command that makes a process, and finds that process.
-func (c *Container) spawn(ctx context.Context, verb string, args []string, terminal bool, io oci.Stdio) (_ oci.Process, err error) {
+func (c *Container) spawn(ctx context.Context, verb string, args []string, of *specs.Process, io oci.Stdio) (_ oci.Process, err error) {
+	terminal, size := of.Terminal, of.ConsoleSize
 	n := strconv.FormatUint(c.rt.serial.Add(1), 10)
 	pidFile := filepath.Join(c.dir, "pid-"+n)
 	defer os.Remove(pidFile)
@@ -130,7 +131,7 @@ func (c *Container) spawn(ctx context.Context, verb string, args []string, termi
 		return oci.Process{}, fmt.Errorf("handler %q: %s: %w", c.rt.cfg.Handler, verb, err)
 	}
 	if terminal {
-		if p.Console, err = s.receive(); err != nil {
+		if p.Console, err = s.receive(size); err != nil {
 			return oci.Process{}, errors.Join(fmt.Errorf("handler %q: %s: %w", c.rt.cfg.Handler, verb, err), abandon(p))
 		}
 	}
@@ -221,7 +222,7 @@ func (c *Container) Exec(ctx context.Context, p *specs.Process, io oci.Stdio) (o
 		return oci.Process{}, err
 	}
 	defer os.Remove(file)
-	got, err := c.spawn(ctx, "exec", []string{"--process", file, "--detach"}, p.Terminal, io)
+	got, err := c.spawn(ctx, "exec", []string{"--process", file, "--detach"}, p, io)
 	if err != nil {
 		if gone := c.running(); gone != nil {
 			return oci.Process{}, gone

@@ -20,8 +20,9 @@ import (
 	"github.com/berth-runtime/berth/test/pace"
 )
 
-// cgroupParent holds the cgroups of all containers of the suite.
-const cgroupParent = "berth-ocitest"
+// cgroupParent holds the cgroups of the suite's containers: of this process, as
+// the suite may run on several runtimes at a time.
+var cgroupParent = fmt.Sprintf("berth-ocitest-%d", os.Getpid())
 
 // suite is the suite on one runtime.
 type suite struct {
@@ -310,7 +311,9 @@ func leftovers(t *testing.T) []string {
 	for _, top := range []string{"/sys/fs/cgroup/", "/sys/fs/cgroup/*/"} {
 		dirs, _ := filepath.Glob(top + cgroupParent + "/*")
 		for _, d := range dirs {
-			if st, err := os.Stat(d); err == nil && st.IsDir() {
+			var fs unix.Statfs_t
+			st, err := os.Stat(d)
+			if err == nil && st.IsDir() && unix.Statfs(d, &fs) == nil && (fs.Type == unix.CGROUP_SUPER_MAGIC || fs.Type == unix.CGROUP2_SUPER_MAGIC) {
 				out = append(out, "cgroup "+d)
 			}
 		}

@@ -36,7 +36,7 @@ func pollable(t *testing.T, f *os.File) *os.File {
 }
 
 func (s *suite) testTerminal(t *testing.T) {
-	r := container(t, "tty:", "line:", "exit:4")
+	r := container(t, "line:", "tty:", "exit:4")
 	r.Spec.Process.Terminal = true
 	r.Spec.Process.User.UID = 1000
 	r.Spec.Process.ConsoleSize = &specs.Box{Width: 81, Height: 25}
@@ -55,7 +55,7 @@ func (s *suite) testExecTerminal(t *testing.T) {
 	r := container(t, "say:up", "sleep:")
 	run := s.start(r)
 	run.line()
-	p := r.process("tty:", "line:", "exit:4")
+	p := r.process("line:", "tty:", "exit:4")
 	p.Terminal, p.ConsoleSize = true, &specs.Box{Width: 81, Height: 25}
 	got, err := run.c.Exec(context.Background(), p, oci.Stdio{})
 	if err != nil {
@@ -66,9 +66,6 @@ func (s *suite) testExecTerminal(t *testing.T) {
 
 func (s *suite) onTerminal(t *testing.T, run *running) {
 	t.Helper()
-	if got := run.line(); got != "tty: 81x25" {
-		t.Errorf("terminal size: %q", got)
-	}
 	if _, err := run.file.WriteString("typed\n"); err != nil {
 		t.Fatal(err)
 	}
@@ -77,6 +74,9 @@ func (s *suite) onTerminal(t *testing.T, run *running) {
 	}
 	if got := run.line(); got != "line: typed" {
 		t.Errorf("answer: %q", got)
+	}
+	if got := run.line(); got != "tty: 81x25" {
+		t.Errorf("terminal size: %q", got)
 	}
 	if ws := run.reap(); !ws.Exited() || ws.ExitStatus() != 4 {
 		t.Errorf("wait status %#x", uint32(ws))

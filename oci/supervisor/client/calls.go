@@ -2,6 +2,7 @@ package client
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"slices"
@@ -22,11 +23,26 @@ func (c *Client) plain(ctx context.Context, op wire.Op, body any, files ...*os.F
 }
 
 // Create makes a container. The same request again, after a lost answer, succeeds.
+// A handler that is an external runtime gets its command line here.
 func (c *Client) Create(ctx context.Context, r wire.Create) error {
+	if cmd, ok := c.cfg.Commands[r.Handler]; ok && !r.PodInit {
+		r.Command = &cmd
+	}
 	if r.Spec != nil && r.Env == nil {
 		r.Env = rawEnv(r.Spec.Process)
 	}
-	return c.plain(ctx, wire.OpCreate, r)
+	err := c.plain(ctx, wire.OpCreate, r)
+	if r.Command == nil || !errors.Is(err, errdefs.ErrInvalidArgument) {
+		return err
+	}
+	var who wire.HelloReply
+	got, herr := c.call(ctx, wire.OpHello, wire.Hello{Version: wire.Version, Events: true}, &who, nil, nil)
+	wire.CloseFiles(got)
+	if herr == nil && who.Version < wire.VersionCommand {
+		return fmt.Errorf("handler %q: the running supervisor (%s, pid %d) is older than external runtimes; remove the pods of this node, it ends and a new one takes over: %w",
+			r.Handler, who.Build, who.Pid, errdefs.ErrFailedPrecondition)
+	}
+	return err
 }
 
 // rawEnv returns the environment as bytes when JSON strings would change it: a
