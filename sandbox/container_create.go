@@ -208,6 +208,11 @@ func (b *containerBuild) describe() error {
 		Namespaces: ns, CgroupPath: b.pod.containerIn(b.c.id), Hostname: pc.Hostname,
 		Shm: "fd:shm", Policy: e.cfg.Policy, Host: *e.cfg.Host,
 	}
+	for _, h := range e.cfg.Handlers {
+		if h.Name == pc.Handler { // what its runtime cannot do would be left out without a word
+			in.Host.RecursiveReadonly = in.Host.RecursiveReadonly && h.RecursiveReadonly
+		}
+	}
 	dir := e.podDir(b.p.id)
 	in.HostsPath, in.HostnamePath, in.ResolvConfPath = filepath.Join(dir, "hosts"), filepath.Join(dir, "hostname"), filepath.Join(dir, "resolv.conf")
 	in.ImageVolumes = map[int]string{}

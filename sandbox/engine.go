@@ -19,7 +19,6 @@ import (
 
 	"github.com/berth-runtime/berth/internal/id"
 	"github.com/berth-runtime/berth/internal/kernel"
-	"github.com/berth-runtime/berth/internal/version"
 	"github.com/berth-runtime/berth/sandbox/journal"
 	"github.com/berth-runtime/berth/sandbox/lifecycle"
 	"github.com/berth-runtime/berth/sandbox/spec"
@@ -38,14 +37,21 @@ type Config struct {
 	Streams RuntimeStreams
 	FDs     RuntimeFDs
 
-	// Handlers are the runtime handlers that pods may name besides ""; nil means
-	// the embedded runtime under its name.
-	Handlers []string
+	// Handlers are the runtime handlers that pods may name besides "" and the
+	// embedded runtime under its name.
+	Handlers []Handler
 	Policy   spec.Policy
 	// Host is what the node can do; nil asks the kernel.
 	Host *spec.Host
 	// Observe is told of each step of each operation; it must not block. May be nil.
 	Observe func(op, step string, d time.Duration, err error)
+}
+
+// Handler is an external runtime that pods may ask for.
+type Handler struct {
+	Name string
+	// RecursiveReadonly: it can make mounts recursively read-only.
+	RecursiveReadonly bool
 }
 
 // Engine runs pods and containers. Its exported methods may be called concurrently.
@@ -79,9 +85,6 @@ type view struct {
 // Open loads the records, compares them with the supervisor and the kernel,
 // takes up or takes down what was left half-done, and returns a running engine.
 func Open(ctx context.Context, cfg Config) (*Engine, error) {
-	if cfg.Handlers == nil {
-		cfg.Handlers = []string{version.Name}
-	}
 	if cfg.Host == nil {
 		h, err := spec.ProbeHost()
 		if err != nil {

@@ -15,6 +15,7 @@ import (
 
 	"github.com/berth-runtime/berth/internal/id"
 	"github.com/berth-runtime/berth/internal/kernel"
+	"github.com/berth-runtime/berth/internal/version"
 	"github.com/berth-runtime/berth/oci"
 	"github.com/berth-runtime/berth/oci/supervisor/wire"
 	"github.com/berth-runtime/berth/sandbox/lifecycle"
@@ -83,19 +84,18 @@ func (e *Engine) checkPod(c *PodConfig) error {
 }
 
 func (e *Engine) checkHandler(name string) error {
-	if name == "" {
+	if name == "" || name == version.Name {
 		return nil
 	}
+	known := version.Name
 	for _, h := range e.cfg.Handlers {
-		if h == name {
+		if h.Name == name {
 			return nil
 		}
+		known += ", " + h.Name
 	}
-	known := "none"
-	if len(e.cfg.Handlers) > 0 {
-		known = strings.Join(e.cfg.Handlers, ", ")
-	}
-	return fmt.Errorf("runtime_handler %q: is not configured; configured besides the default: %s: %w", name, known, errdefs.ErrInvalidArgument)
+	return fmt.Errorf("runtime_handler %q: is not configured; configured besides the default: %s; add a table [runtimes.%s] to the daemon's configuration: %w",
+		name, known, name, errdefs.ErrInvalidArgument)
 }
 
 func (e *Engine) runPod(ctx context.Context, c *PodConfig) (id.Pod, error) {
@@ -285,7 +285,8 @@ func (b *podBuild) hosts(hostname string) ([]byte, error) {
 	return podfiles.Hosts(hostname, rec.status().IPs)
 }
 
-// init starts the first process of the PID namespace that the pod's containers share.
+// init starts the first process of the PID namespace that the pod's containers
+// share. It is the embedded runtime's, whatever runs the containers.
 func (b *podBuild) init(ctx context.Context) error {
 	if b.config.Namespaces.PID != NamespacePod {
 		return nil
@@ -300,7 +301,7 @@ func (b *podBuild) init(ctx context.Context) error {
 		return err
 	}
 	err := b.e.cfg.Runtime.Create(ctx, wire.Create{
-		ID: init, Handler: b.config.Handler, PodInit: true, Rootfs: oci.Rootfs{},
+		ID: init, PodInit: true, Rootfs: oci.Rootfs{},
 		Spec: &specs.Spec{
 			Version: specs.Version,
 			Process: &specs.Process{Cwd: "/", Args: []string{"init"}, NoNewPrivileges: true},

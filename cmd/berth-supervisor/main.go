@@ -8,13 +8,19 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
+	"path/filepath"
 	"runtime/debug"
+	"time"
 
 	"github.com/berth-runtime/berth/internal/version"
 	"github.com/berth-runtime/berth/oci"
 	"github.com/berth-runtime/berth/oci/embedded"
+	"github.com/berth-runtime/berth/oci/external"
 	"github.com/berth-runtime/berth/oci/supervisor"
 )
+
+// leftoverTime bounds the clearing up before the first answer: the daemon waits for it.
+const leftoverTime = 4 * time.Second
 
 func main() {
 	state := flag.String("state", "", "state `directory`, an absolute path (socket, lock, log)")
@@ -39,13 +45,23 @@ func run(state string, log *slog.Logger) error {
 		return err
 	}
 	defer rt.Close()
+	externals := filepath.Join(state, "external")
 	s, err := supervisor.New(supervisor.Config{
 		StateDir: state,
 		Handlers: map[string]oci.Runtime{"": rt, "berth": rt},
-		Log:      log,
+		External: func(handler string, c oci.Command, forking func() func()) (oci.Runtime, error) {
+			return external.New(external.Config{Handler: handler, Command: c, Dir: externals, Forking: forking, Log: log})
+		},
+		Log: log,
 	})
 	if err != nil {
 		return err
+	}
+	// We hold the lock: whose containers these are is gone.
+	ctx, cancel := context.WithTimeout(context.Background(), leftoverTime)
+	defer cancel()
+	if err := external.RemoveLeftovers(ctx, externals, log); err != nil {
+		log.Error("containers of an earlier supervisor", "error", err)
 	}
 	return s.Serve(context.Background())
 }

@@ -6,16 +6,18 @@ import (
 	"github.com/berth-runtime/berth/cri"
 	"github.com/berth-runtime/berth/internal/config"
 	"github.com/berth-runtime/berth/internal/version"
+	"github.com/berth-runtime/berth/sandbox"
 	"github.com/berth-runtime/berth/sandbox/spec"
 )
 
 // node answers for the node as a whole (cri.Node).
 type node struct {
-	cfg     *config.Config
-	host    spec.Host
-	engine  interface{ Ready() error }
-	network interface{ Ready() error }
-	pods    interface{ SetPodCIDR(string) error }
+	cfg      *config.Config
+	handlers []sandbox.Handler
+	host     spec.Host
+	engine   interface{ Ready() error }
+	network  interface{ Ready() error }
+	pods     interface{ SetPodCIDR(string) error }
 }
 
 // RuntimeReady is nil when containers can be run.
@@ -32,10 +34,15 @@ func (n *node) SetPodCIDR(cidr string) error { return n.pods.SetPodCIDR(cidr) }
 // parents that the kubelet names as paths.
 func (n *node) CgroupDriverSystemd() bool { return false }
 
-// Handlers are the default handler and the same one under its name.
+// Handlers are the default handler, the same one under its name, and the
+// configured external runtimes.
 func (n *node) Handlers() []cri.Handler {
 	rro := n.host.RecursiveReadonly
-	return []cri.Handler{{Name: "", RecursiveReadOnlyMounts: rro}, {Name: version.Name, RecursiveReadOnlyMounts: rro}}
+	out := []cri.Handler{{Name: "", RecursiveReadOnlyMounts: rro}, {Name: version.Name, RecursiveReadOnlyMounts: rro}}
+	for _, h := range n.handlers {
+		out = append(out, cri.Handler{Name: h.Name, RecursiveReadOnlyMounts: rro && h.RecursiveReadonly})
+	}
+	return out
 }
 
 // Info is the daemon's configuration for verbose Status. Tools read stateDir.

@@ -4,17 +4,23 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
+	"sync"
+	"time"
 
 	"github.com/containerd/errdefs"
+	"k8s.io/klog/v2"
 
 	"github.com/berth-runtime/berth/cni"
 	"github.com/berth-runtime/berth/cni/builtin"
 	"github.com/berth-runtime/berth/imageservice"
 	"github.com/berth-runtime/berth/internal/config"
+	"github.com/berth-runtime/berth/oci/external"
 	"github.com/berth-runtime/berth/oci/supervisor/client"
 	"github.com/berth-runtime/berth/sandbox"
 	"github.com/berth-runtime/berth/sandbox/spec"
@@ -55,7 +61,8 @@ func open(ctx context.Context, cfg *config.Config, m *metrics) (_ *parts, err er
 	if err != nil {
 		return nil, err
 	}
-	supervisor, err := client.Open(ctx, client.Config{StateDir: cfg.State, Binary: binary})
+	commands, handlers := openHandlers(ctx, cfg)
+	supervisor, err := client.Open(ctx, client.Config{StateDir: cfg.State, Binary: binary, Commands: commands})
 	if err != nil {
 		return nil, fmt.Errorf("supervisor: %w", err)
 	}
@@ -66,16 +73,17 @@ func open(ctx context.Context, cfg *config.Config, m *metrics) (_ *parts, err er
 		return nil, fmt.Errorf("node: %w", err)
 	}
 	engine, err := sandbox.Open(ctx, sandbox.Config{
-		Root:    cfg.Root,
-		State:   cfg.State,
-		Images:  images,
-		Network: network,
-		Runtime: supervisor,
-		Streams: supervisor,
-		FDs:     supervisor,
-		Policy:  spec.Policy{TolerateMissingHugetlb: true},
-		Host:    &host,
-		Observe: m.observeStep(),
+		Root:     cfg.Root,
+		State:    cfg.State,
+		Images:   images,
+		Network:  network,
+		Runtime:  supervisor,
+		Streams:  supervisor,
+		FDs:      supervisor,
+		Handlers: handlers,
+		Policy:   spec.Policy{TolerateMissingHugetlb: true},
+		Host:     &host,
+		Observe:  m.observeStep(),
 	})
 	if err != nil {
 		return nil, fmt.Errorf("engine: %w", err)
@@ -88,9 +96,39 @@ func open(ctx context.Context, cfg *config.Config, m *metrics) (_ *parts, err er
 	return &parts{
 		engine: engine,
 		images: images,
-		node:   &node{cfg: cfg, host: host, engine: engine, network: network, pods: pods},
+		node:   &node{cfg: cfg, host: host, engine: engine, network: network, pods: pods, handlers: handlers},
 		close:  closeAll,
 	}, nil
+}
+
+// featuresTime bounds the question what an external runtime can do: the daemon's
+// start waits for the answer.
+const featuresTime = 2 * time.Second
+
+// openHandlers asks the configured external runtimes what they can do, all at
+// once. One that is not there, or does not answer, is a handler all the same, of
+// which nothing is promised: it may be installed or mended later, and its pods
+// say what is wrong with it until then.
+func openHandlers(ctx context.Context, cfg *config.Config) (map[string]external.Command, []sandbox.Handler) {
+	ctx, cancel := context.WithTimeout(ctx, featuresTime)
+	defer cancel()
+	commands := map[string]external.Command{}
+	handlers := make([]sandbox.Handler, len(cfg.Runtimes))
+	var wg sync.WaitGroup
+	for i, name := range slices.Sorted(maps.Keys(cfg.Runtimes)) {
+		r := cfg.Runtimes[name]
+		c := external.Command{Path: r.Path, Args: r.Args, Timeout: r.Timeout.Duration}
+		commands[name] = c
+		wg.Go(func() {
+			f, err := external.Probe(ctx, name, c)
+			if err != nil {
+				klog.ErrorS(err, "External runtime", "handler", name, "path", c.Path)
+			}
+			handlers[i] = sandbox.Handler{Name: name, RecursiveReadonly: f.RecursiveReadonly}
+		})
+	}
+	wg.Wait()
+	return commands, handlers
 }
 
 func openNetwork(ctx context.Context, cfg *config.Config, closers *[]func() error) (*builtin.Network, *cni.Selector, error) {

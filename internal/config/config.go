@@ -5,14 +5,18 @@ package config
 
 import (
 	"fmt"
+	"maps"
 	"net"
 	"net/netip"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 	"time"
 
 	"github.com/containerd/errdefs"
+
+	"github.com/berth-runtime/berth/internal/version"
 )
 
 // DefaultFile is where the daemon looks for its file when no flag names one;
@@ -46,6 +50,20 @@ type Config struct {
 	Runtime   Runtime   `toml:"runtime"`
 	Images    Images    `toml:"images"`
 	Streaming Streaming `toml:"streaming"`
+
+	// Runtimes are the external OCI runtimes by handler name: what a RuntimeClass
+	// names as its handler.
+	Runtimes map[string]External `toml:"runtimes"`
+}
+
+// External is an OCI runtime that is called by its command line.
+type External struct {
+	// Path is the runtime's program, an absolute path.
+	Path string `toml:"path"`
+	// Args are global flags, before those that Berth gives (--root, --log, --log-format).
+	Args []string `toml:"args"`
+	// Timeout is how long one command may take ("30s"); 0 is 30 seconds. Then it is killed.
+	Timeout Duration `toml:"timeout"`
 }
 
 // Network configures the built-in network.
@@ -108,6 +126,7 @@ func Default() *Config {
 		RegistryConfigDir: "/etc/berth/certs.d",
 		LogLevel:          "info",
 		Network:           Network{Subnets: []string{"10.164.0.0/16", "fd62:6572:7468::/64"}, Unmasked: []string{}, Pool: 8},
+		Runtimes:          map[string]External{},
 		Streaming:         Streaming{Address: "127.0.0.1:0", IdleTimeout: Duration{4 * time.Hour}},
 	}
 }
@@ -146,7 +165,32 @@ func (c *Config) Validate() error {
 	if c.Streaming.IdleTimeout.Duration < 0 {
 		return wrong("streaming.idle_timeout", "%s is negative", c.Streaming.IdleTimeout)
 	}
+	for _, name := range slices.Sorted(maps.Keys(c.Runtimes)) {
+		if err := c.Runtimes[name].validate(name); err != nil {
+			return err
+		}
+	}
 	return c.Network.validate()
+}
+
+// handlerName is what Kubernetes takes as a handler: a DNS label.
+var handlerName = regexp.MustCompile(`^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$`)
+
+func (e External) validate(name string) error {
+	key := "runtimes." + name
+	switch {
+	case !handlerName.MatchString(name):
+		return wrong(key, "%q is no handler name; use at most 63 of a-z, 0-9 and, inside, -", name)
+	case name == version.Name:
+		return wrong(key, "%q is the built-in runtime; choose another name", name)
+	case e.Path == "":
+		return wrong(key+".path", "missing; set the absolute path of the runtime's program, for example /usr/sbin/runc")
+	case !filepath.IsAbs(e.Path):
+		return wrong(key+".path", "%q is not an absolute path; the search in PATH is not done for programs that run as root", e.Path)
+	case e.Timeout.Duration < 0:
+		return wrong(key+".timeout", "%s is negative", e.Timeout)
+	}
+	return nil
 }
 
 func (n *Network) validate() error {

@@ -8,6 +8,7 @@ import (
 	"io/fs"
 	"os"
 	"reflect"
+	"slices"
 	"strings"
 
 	"github.com/containerd/errdefs"
@@ -113,6 +114,12 @@ func (l *Loaded) nearest(key string) string {
 			best, near = k, d
 		}
 	}
+	if table, rest, ok := strings.Cut(key, "."); ok && table == "runtimes" {
+		name, _, _ := strings.Cut(rest, ".")
+		for _, f := range fields(reflect.ValueOf(External{}), table+"."+name+".") {
+			try(f.key)
+		}
+	}
 	for k := range l.Origin {
 		try(k)
 		if table, _, ok := strings.Cut(k, "."); ok {
@@ -151,8 +158,9 @@ func (l *Loaded) Write(w io.Writer) error {
 	table := ""
 	for _, f := range fields(reflect.ValueOf(l.Config).Elem(), "") {
 		name := f.key
-		if t, n, ok := strings.Cut(f.key, "."); ok {
-			name = n
+		if i := strings.LastIndexByte(f.key, '.'); i >= 0 {
+			t := f.key[:i]
+			name = f.key[i+1:]
 			if t != table {
 				table = t
 				if _, err := fmt.Fprintf(w, "\n[%s]\n", t); err != nil {
@@ -164,7 +172,11 @@ func (l *Loaded) Write(w io.Writer) error {
 		if err != nil {
 			return err
 		}
-		if _, err := fmt.Fprintf(w, "%-52s # %s\n", strings.TrimSpace(string(b)), l.Origin[f.key]); err != nil {
+		origin := l.Origin[f.key]
+		if origin == "" { // a table of the file that does not set this one
+			origin = "default"
+		}
+		if _, err := fmt.Fprintf(w, "%-52s # %s\n", strings.TrimSpace(string(b)), origin); err != nil {
 			return err
 		}
 	}
@@ -186,14 +198,22 @@ type field struct {
 }
 
 // fields lists all values with their keys in the order of the struct: keys of
-// the top level first, then table by table.
+// the top level first, then table by table, tables with names of the operator's
+// in the order of those.
 func fields(v reflect.Value, prefix string) []field {
 	var out []field
 	for i := range v.NumField() {
 		key := prefix + v.Type().Field(i).Tag.Get("toml")
-		if f := v.Field(i); f.Kind() == reflect.Struct && f.Type() != reflect.TypeFor[Duration]() {
+		switch f := v.Field(i); {
+		case f.Kind() == reflect.Struct && f.Type() != reflect.TypeFor[Duration]():
 			out = append(out, fields(f, key+".")...)
-		} else {
+		case f.Kind() == reflect.Map:
+			names := f.MapKeys()
+			slices.SortFunc(names, func(a, b reflect.Value) int { return strings.Compare(a.String(), b.String()) })
+			for _, n := range names {
+				out = append(out, fields(f.MapIndex(n), key+"."+n.String()+".")...)
+			}
+		default:
 			out = append(out, field{key, f})
 		}
 	}

@@ -18,7 +18,7 @@ const module = "github.com/berth-runtime/berth/"
 // mayImport lists, for each folder of the tree (the longest match counts), the
 // folders below it. A package may always import packages of its own folder.
 var mayImport = map[string][]string{
-	"cmd/berthd":            {"cri", "sandbox", "imageservice", "cni", "oci/supervisor/client", "internal"},
+	"cmd/berthd":            {"cri", "sandbox", "imageservice", "cni", "oci/supervisor/client", "oci/external", "internal"},
 	"cmd/berth-supervisor":  {"oci", "internal"},
 	"cmd/berth-oci":         {"oci", "internal"},
 	"cmd/berth":             {"cri/streaming/client", "internal"},
@@ -35,6 +35,7 @@ var mayImport = map[string][]string{
 	"cni":                   {"internal"},
 	"oci":                   {"internal"},
 	"oci/embedded":          {"oci", "internal"},
+	"oci/external":          {"oci", "internal"},
 	"oci/supervisor":        {"oci", "internal"},
 	"oci/supervisor/client": {"oci", "internal"},
 	"oci/supervisor/wire":   {"oci", "internal"},

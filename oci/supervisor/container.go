@@ -339,7 +339,21 @@ func (c *container) signal(r wire.Signal) error {
 		defer c.life.RUnlock()
 		c.beforeKill()
 	}
-	return p.signal(r.Signal)
+	return c.signalFirst(p, r.Signal)
+}
+
+// signalFirst sends a signal to the first process, by way of a runtime that wants
+// it so.
+func (c *container) signalFirst(p *process, sig int) error {
+	k, own := c.oci.(oci.Signaler)
+	if !own || p.exited() {
+		return p.signal(sig)
+	}
+	err := k.SignalFirst(sig)
+	if err != nil && (p.exited() || sig == sigkill) {
+		return p.signal(sig) // that it has exited; or the kill that needs no runtime
+	}
+	return err
 }
 
 // errRunning is why a container is not deleted that only an ended one may be.

@@ -208,9 +208,9 @@ func (s *Server) create(f wire.Frame) error {
 	if err := id.Valid(string(r.ID)); err != nil {
 		return err
 	}
-	rt, ok := s.cfg.Handlers[r.Handler]
-	if !ok {
-		return fmt.Errorf("handler %q: no such runtime: %w", r.Handler, errdefs.ErrInvalidArgument)
+	rt, err := s.runtime(r)
+	if err != nil {
+		return err
 	}
 	if r.Spec == nil {
 		return fmt.Errorf("spec: missing: %w", errdefs.ErrInvalidArgument)
@@ -246,6 +246,20 @@ func (s *Server) create(f wire.Frame) error {
 	s.complete(&r)
 	c.oci, c.makeErr = s.make(rt, r, digest)
 	return c.makeErr
+}
+
+// runtime finds the runtime that a container asks for. A handler's command line
+// comes with each request, so that this process knows no configuration that could
+// be older than the daemon's.
+func (s *Server) runtime(r wire.Create) (oci.Runtime, error) {
+	if r.Command != nil && s.cfg.External != nil {
+		return s.cfg.External(r.Handler, *r.Command, s.children.forking)
+	}
+	rt, ok := s.cfg.Handlers[r.Handler]
+	if !ok {
+		return nil, fmt.Errorf("handler %q: no such runtime: %w", r.Handler, errdefs.ErrInvalidArgument)
+	}
+	return rt, nil
 }
 
 // complete fills in what the spec leaves to us: without an oom_score_adj of its

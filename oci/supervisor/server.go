@@ -46,6 +46,11 @@ type Config struct {
 	StateDir string
 	// Handlers are the runtimes by handler name; "" is the default one.
 	Handlers map[string]oci.Runtime
+	// External makes the runtime of a handler that comes with its command line;
+	// nil knows none. forking must be called before each process that the runtime
+	// starts and waits for itself, and done when it was reaped: our reaper of
+	// orphans would take it otherwise.
+	External func(handler string, c oci.Command, forking func() (done func())) (oci.Runtime, error)
 	// Log takes what operators should know; nil means slog.Default.
 	Log *slog.Logger
 }

@@ -19,6 +19,7 @@ import (
 	"github.com/containerd/errdefs"
 
 	"github.com/berth-runtime/berth/internal/id"
+	"github.com/berth-runtime/berth/oci"
 	"github.com/berth-runtime/berth/oci/supervisor/wire"
 )
 
@@ -38,6 +39,8 @@ type Config struct {
 	StateDir string
 	// Binary is started as "Binary --state StateDir" when no supervisor answers.
 	Binary string
+	// Commands are the command lines of the handlers that are external runtimes.
+	Commands map[string]oci.Command
 }
 
 // Client speaks to the supervisor. Its methods may be called concurrently. A

@@ -17,6 +17,7 @@ import (
 const profileVersion = 2
 
 // Create makes a container. The same request again, after a lost answer, succeeds.
+// A handler that is an external runtime gets its command line here.
 //
 // The seccomp profile is most of a spec's text and the same for nearly all
 // containers: it is sent once to each supervisor and named by its digest
@@ -24,6 +25,17 @@ const profileVersion = 2
 func (c *Client) Create(ctx context.Context, r wire.Create) error {
 	if r.Spec != nil && r.Env == nil {
 		r.Env = rawEnv(r.Spec.Process)
+	}
+	if cmd, ok := c.cfg.Commands[r.Handler]; ok && !r.PodInit {
+		r.Command = &cmd
+		l, err := c.wait(ctx)
+		if err != nil {
+			return err
+		}
+		if l.version < wire.VersionCommand {
+			return fmt.Errorf("handler %q: the running supervisor is older than external runtimes; remove the pods of this node, it ends and a new one takes over: %w",
+				r.Handler, errdefs.ErrFailedPrecondition)
+		}
 	}
 	if r.Spec == nil || r.Spec.Linux == nil || r.Spec.Linux.Seccomp == nil {
 		return c.plain(ctx, wire.OpCreate, r)

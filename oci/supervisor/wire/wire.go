@@ -22,10 +22,13 @@ import (
 // Version is the newest protocol version this code speaks.
 const Version = 2
 
+// VersionCommand is the first version that knows Create.Command.
+const VersionCommand = 2
+
 // Op names a request.
 type Op string
 
-// Requests of version 1.
+// Requests. All of them are of version 1.
 const (
 	OpHello      Op = "hello"       // Hello -> HelloReply
 	OpList       Op = "list"        // nil -> ListReply
@@ -96,6 +99,7 @@ type Target struct {
 type Create struct {
 	ID         id.Container                        `json:"id"`
 	Handler    string                              `json:"handler"`
+	Command    *oci.Command                        `json:"command,omitempty"` // of a handler that is an external runtime; since version 2
 	Spec       *specs.Spec                         `json:"spec"`
 	Rootfs     oci.Rootfs                          `json:"rootfs"`
 	Namespaces map[specs.LinuxNamespaceType]string `json:"namespaces,omitempty"`
