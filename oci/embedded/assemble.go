@@ -150,10 +150,11 @@ func (a *assembly) prepare(root *rootAside) error {
 	}
 	for _, m := range a.plan.mounts {
 		p := prepared{mount: m, isDir: true}
-		switch m.fstype {
-		case "bind":
+		switch {
+		case m.remount:
+		case m.fstype == "bind":
 			err = a.openBind(&p)
-		case "cgroup", "cgroup2":
+		case m.fstype == "cgroup" || m.fstype == "cgroup2":
 			err = a.openCgroups(&p)
 		}
 		if err != nil {

@@ -329,9 +329,6 @@ func TestCreateErrors(t *testing.T) {
 		{"bad memory limit", "linux.resources.cpu.quota", nil, func(s *specs.Spec) {
 			s.Linux.Resources.CPU = &specs.LinuxCPU{Quota: ptr(int64(7))}
 		}},
-		{"unknown capability", "process.capabilities.bounding", errdefs.ErrInvalidArgument, func(s *specs.Spec) {
-			s.Process.Capabilities.Bounding = []string{"CAP_X"}
-		}},
 		{"host sysctl", "linux.sysctl", errdefs.ErrInvalidArgument, func(s *specs.Spec) { s.Linux.Sysctl = map[string]string{"kernel.core_pattern": "x"} }},
 		{"sysctl path", "linux.sysctl", errdefs.ErrInvalidArgument, func(s *specs.Spec) { s.Linux.Sysctl = map[string]string{"net/../kernel/core_pattern": "x"} }},
 		{"sysctl without namespace", "linux.sysctl", errdefs.ErrInvalidArgument, func(s *specs.Spec) {

@@ -422,6 +422,8 @@ func (c *container) remove(s *Server) error {
 	}
 	defer c.life.Unlock()
 	c.attached.end()
+	forked := s.children.forking() // it may run hooks
+	defer forked()
 	return c.oci.Delete()
 }
 
