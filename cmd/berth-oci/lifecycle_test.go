@@ -70,6 +70,14 @@ func TestDeleteOfACreatedContainerNeedsNoForce(t *testing.T) {
 	b.nothingLeft()
 }
 
+// A second container in the cgroup of the first would take it along when it is deleted.
+func TestACgroupInUseIsRefused(t *testing.T) {
+	b, id := sleeper(t)
+	b.do("run", "-d", "second").exits(1).says("linux.cgroupsPath", "container's cgroup is not empty")
+	b.do("delete", "--force", "second").ok()
+	b.status(id, "running")
+}
+
 func TestKillEndsACreatedContainer(t *testing.T) {
 	b := newBench(t, "sleep")
 	id := b.id()
