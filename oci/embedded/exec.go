@@ -71,6 +71,7 @@ func (c *Container) Exec(ctx context.Context, p *specs.Process, io oci.Stdio) (_
 		in = s.fd(wait)
 	}
 	ch, err := c.spawnInside(s, c.init, c.pid, l, func() error {
+		c.session(s)
 		more, err := c.identity(s, p, p.Terminal)
 		warnings = append(warnings, more...)
 		if err == nil {

@@ -19,7 +19,7 @@ const atCwd = unix.AT_FDCWD
 
 // begin appends what every child does first, while it still sees nothing of the
 // container: leave our cgroup, the settings that go through procfs or that need
-// the runtime's privileges, a session. With p nil it is a hook's.
+// the runtime's privileges. With p nil it is a hook's.
 func (c *Container) begin(s *script, p *specs.Process) (warnings []string, err error) {
 	// The program file is readable to nobody else; non-dumpable keeps a tracer in
 	// the container from the descriptors until execve (invariant I5).
@@ -94,13 +94,18 @@ func (c *Container) begin(s *script, p *specs.Process) (warnings []string, err e
 			}
 		}
 	}
+	return warnings, nil
+}
+
+// session appends a session of the process's own, for which it must be the one
+// that runs the program, not a parent of that one.
+func (c *Container) session(s *script) {
 	s.do("setsid", unix.SYS_SETSID)
 	if !c.rt.keepKeyring {
 		// A session keyring of its own: the runtime's would be shared. No keyrings in
 		// the kernel, or none left in the quota, is no reason not to start.
 		s.do("keyctl", unix.SYS_KEYCTL, unix.KEYCTL_JOIN_SESSION_KEYRING, 0).ignoreAny()
 	}
-	return warnings, nil
 }
 
 // attributes appends the settings that are one system call each.

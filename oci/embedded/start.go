@@ -100,7 +100,11 @@ func (c *Container) compile(p *specs.Process, io oci.Stdio, gate *Gate) (_ *firs
 	f.early = len(c.plan.earlyHooks()) > 0 || h != nil && len(h.CreateContainer) > 0
 	f.held = gate != nil || h != nil && len(h.StartContainer) > 0
 	listener := c.plan.filter != nil && c.plan.filter.Listener
-	in := childFD(-1)
+	// What the process waits at comes first in its table: at the gate the rest is closed.
+	in, gateGo, gateStatus := childFD(-1), childFD(-1), childFD(-1)
+	if gate != nil {
+		gateGo, gateStatus = s.fd(gate.Go), s.fd(gate.Status)
+	}
 	if f.early || f.held || listener {
 		if f.wait, f.gate, err = os.Pipe(); err != nil {
 			return nil, err
@@ -111,6 +115,7 @@ func (c *Container) compile(p *specs.Process, io oci.Stdio, gate *Gate) (_ *firs
 		return nil, err
 	}
 	c.join(s)
+	c.session(s)
 	if c.plan.ns[specs.PIDNamespace].mode == nsNew && c.userNS == nil {
 		f.launch.clone = unix.CLONE_NEWPID
 	}
@@ -139,8 +144,9 @@ func (c *Container) compile(p *specs.Process, io oci.Stdio, gate *Gate) (_ *firs
 		at, _ := s.message(msgHold)
 		s.tell(at)
 		if gate != nil {
-			s.do("gate", unix.SYS_DUP3, s.fd(gate.Status), s.status(), unix.O_CLOEXEC)
-			in = s.fd(gate.Go)
+			s.do("gate", unix.SYS_DUP3, gateStatus, s.status(), unix.O_CLOEXEC)
+			s.do("gate", unix.SYS_CLOSE_RANGE, gateStatus, uintptr(0xffffffff), 0)
+			in = gateGo
 			c.tail = Tail{First: len(s.ops), Arg0: p.Args[0]}
 		}
 		s.wait(in)
@@ -238,6 +244,7 @@ func (c *Container) runStartHooks(ctx context.Context, pidfd *os.File, pid int) 
 			return nil, err
 		}
 		return c.spawnInside(s, pidfd, pid, launch{stdio: [3]*os.File{in, out, out}}, func() error {
+			c.session(s)
 			if _, err := c.identity(s, &p, false); err != nil {
 				return err
 			}

@@ -219,3 +219,33 @@ func TestTimeNamespace(t *testing.T) {
 		})
 	}
 }
+
+// TestUserNamespaceTerminal: the first process of a PID namespace that belongs to
+// the user namespace is a grandchild at its start, and leads its session all the same.
+func TestUserNamespaceTerminal(t *testing.T) {
+	r := runtimeFor(t)
+	c := newUserContainer(t, "winsize:", "open:/dev/tty", "stat:/dev/console", "hold:")
+	c.req.Spec.Process.Terminal, c.req.Spec.Process.ConsoleSize = true, &specs.Box{Height: 31, Width: 91}
+	made := c.create(r)
+	p, err := made.Start(context.Background(), oci.Stdio{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	run := &running{t: t, c: made, p: p, out: p.Console}
+	defer func() {
+		_ = unix.Kill(p.Pid, unix.SIGKILL)
+		_, _ = reap(p.Pid)
+		p.PidFD.Close()
+		p.Console.Close()
+	}()
+	b := make([]byte, 4096)
+	n := 0
+	for !strings.Contains(string(b[:n]), "console") {
+		k, err := run.out.Read(b[n:])
+		if err != nil {
+			t.Fatal(err, string(b[:n]))
+		}
+		n += k
+	}
+	expect(t, string(b[:n]), map[string]string{"winsize:": "31x91", "open:/dev/tty": "ok"})
+}
