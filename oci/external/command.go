@@ -188,12 +188,6 @@ func (e *commandError) Unwrap() error {
 	return errdefs.ErrUnknown
 }
 
-// missing tells whether a runtime says that it does not know the container.
-func missing(err error) bool {
-	var c *commandError
-	return errors.As(err, &c) && (strings.Contains(c.text, "does not exist") || strings.Contains(c.text, "No such file or directory"))
-}
-
 // lastError is the message of the last error in a log of JSON lines.
 func lastError(path string) string {
 	f, err := os.Open(path)

@@ -338,12 +338,20 @@ func (c *Container) Delete() error {
 func (c *Container) forget() error {
 	if c.made {
 		err := c.run(context.Background(), call{verb: "delete", args: []string{"--force", string(c.id)}})
-		if err != nil && !missing(err) {
+		if err != nil && c.rt.knows(c.id) {
 			return err
 		}
 		c.made = false
 	}
 	return c.rt.removeCgroup(c.cgroup)
+}
+
+// knows tells whether the runtime keeps state of a container. A runtime that
+// cannot be called, or says in its own words that there is no such container, must
+// not keep one from being removed that it never made.
+func (r *Runtime) knows(c id.Container) bool {
+	entries, err := os.ReadDir(r.stateDir())
+	return err != nil || slices.ContainsFunc(entries, func(e os.DirEntry) bool { return strings.Contains(e.Name(), string(c)) })
 }
 
 // removeCgroup removes what a runtime that failed half-way left of a cgroup.
