@@ -24,7 +24,7 @@ type prepared struct {
 	parts []part // to be attached below it
 }
 
-// part is a detached mount that belongs on a directory of another.
+// part is a detached mount that belongs on a directory or file of another.
 type part struct {
 	name string
 	file *os.File
@@ -57,6 +57,7 @@ type assembly struct {
 	req     oci.CreateRequest
 	found   nsFiles
 	rootfs  *os.File
+	proc    *os.File // a clone of /proc, for a nested runtime
 	mounts  []prepared
 	root    *os.File // the container's root, attached
 	closers []*os.File
@@ -94,8 +95,10 @@ func (c *Container) assemble(req oci.CreateRequest, root *rootAside) error {
 		}
 		switch {
 		case !withRoot:
-			var err error
-			c.mountNS, err = dup(c.rt.empty)
+			empty, err := c.rt.emptyNS()
+			if err == nil {
+				c.mountNS, err = dup(empty)
+			}
 			return err
 		case !c.plan.ownMounts():
 			return a.shareMounts()
@@ -148,6 +151,13 @@ func (a *assembly) prepare(root *rootAside) error {
 	if !a.plan.ownMounts() {
 		return nil
 	}
+	if a.rt.nested {
+		t, err := kernel.CloneTree(unix.AT_FDCWD, "/proc", true)
+		if err != nil {
+			return err
+		}
+		a.proc = a.use(t)
+	}
 	for _, m := range a.plan.mounts {
 		p := prepared{mount: m, isDir: true}
 		switch {
@@ -171,7 +181,11 @@ func (a *assembly) openBind(p *prepared) error {
 		if !ok {
 			return invalid("%s.source %q: no such image was passed", p.field, p.source)
 		}
-		t, err := openVolume(a.rt.empty, v)
+		empty, err := a.rt.emptyNS()
+		if err != nil {
+			return err
+		}
+		t, err := openVolume(empty, v)
 		if err != nil {
 			return fmt.Errorf("source %q: %w", p.source, err)
 		}
@@ -330,12 +344,13 @@ func (a *assembly) buildRoot() error {
 		*x.to = os.NewFile(uintptr(fd), x.name)
 	}
 	at := hidden
-	if a.userNS != nil {
+	beside := a.userNS != nil || a.rt.nested
+	if beside {
 		if err := a.placeWitness(hidden); err != nil {
 			return err
 		}
 	}
-	if a.userNS != nil && !a.plan.hostTree() {
+	if beside && !a.plan.hostTree() {
 		if at, err = kernel.OpenInRoot(hidden, kernel.EmptyRoot, unix.O_PATH|unix.O_DIRECTORY|unix.O_NOFOLLOW, 0); err != nil {
 			return err
 		}
@@ -345,7 +360,7 @@ func (a *assembly) buildRoot() error {
 		return fmt.Errorf("rootfs: %w", err)
 	}
 	a.root = a.rootfs
-	if a.plan.hostTree() || a.userNS != nil {
+	if a.plan.hostTree() || beside {
 		if a.rootDir, err = dup(a.root); err != nil {
 			return err
 		}
@@ -381,7 +396,11 @@ func (a *assembly) buildRoot() error {
 // root.path.
 func (a *assembly) enterBase() (*os.File, error) {
 	if !a.plan.hostTree() {
-		if err := unix.Setns(int(a.rt.empty.Fd()), unix.CLONE_NEWNS); err != nil {
+		empty, err := a.rt.emptyNS()
+		if err != nil {
+			return nil, err
+		}
+		if err := unix.Setns(int(empty.Fd()), unix.CLONE_NEWNS); err != nil {
 			return nil, fmt.Errorf("enter the empty mount namespace: %w", err)
 		}
 		if err := unix.Unshare(unix.CLONE_NEWNS); err != nil {
@@ -419,6 +438,14 @@ func (a *assembly) enterBase() (*os.File, error) {
 // these only the reader's own; and it goes before the user's program runs, or
 // that could mount a procfs without masks.
 func (a *assembly) placeWitness(hidden *os.File) error {
+	at, err := kernel.OpenInRoot(hidden, kernel.EmptyProc, unix.O_PATH|unix.O_DIRECTORY|unix.O_NOFOLLOW, 0)
+	if err != nil {
+		return err
+	}
+	defer at.Close()
+	if a.rt.nested { // it may make no procfs of the PID namespace it is in
+		return kernel.Attach(a.proc, at)
+	}
 	atime := uint64(0)
 	for _, m := range a.mounts {
 		if m.fstype == "proc" {
@@ -431,11 +458,6 @@ func (a *assembly) placeWitness(hidden *os.File) error {
 		return fmt.Errorf("procfs beside the root: %w", err)
 	}
 	defer w.Close()
-	at, err := kernel.OpenInRoot(hidden, kernel.EmptyProc, unix.O_PATH|unix.O_DIRECTORY|unix.O_NOFOLLOW, 0)
-	if err != nil {
-		return err
-	}
-	defer at.Close()
 	return kernel.Attach(w, at)
 }
 
@@ -480,7 +502,7 @@ func (a *assembly) attach(p *prepared) error {
 		return err
 	}
 	for _, part := range p.parts {
-		d, err := kernel.OpenInRoot(p.file, part.name, unix.O_PATH|unix.O_DIRECTORY|unix.O_NOFOLLOW, 0)
+		d, err := kernel.OpenInRoot(p.file, part.name, unix.O_PATH|unix.O_NOFOLLOW, 0)
 		if err != nil {
 			return err
 		}
@@ -490,7 +512,7 @@ func (a *assembly) attach(p *prepared) error {
 			return fmt.Errorf("%s: %w", part.name, err)
 		}
 	}
-	if len(p.parts) > 0 { // only now: its entries are complete
+	if len(p.parts) > 0 && p.fstype != "tmpfs" { // only now: its entries are complete
 		attr := &unix.MountAttr{Attr_set: p.attr.Attr_set | p.rattr.Attr_set}
 		if err := kernel.SetMountAttr(p.file, false, attr); err != nil {
 			return err
@@ -562,6 +584,10 @@ func (a *assembly) newFS(p *prepared) error {
 		opts = append(opts, kernel.FSOption{Key: "context", Value: l})
 	}
 	f, err := newMount(p.fstype, opts, int(set))
+	if errors.Is(err, unix.EPERM) && p.fstype == "sysfs" && a.rt.nested {
+		// The network namespace is not ours: what is mounted at /sys shows the same.
+		return a.bindSys(p)
+	}
 	if err != nil {
 		return err
 	}
@@ -579,9 +605,19 @@ func (a *assembly) newFS(p *prepared) error {
 	}
 	if p.fstype == "tmpfs" && p.dest == "/dev" {
 		a.devReadonly = late
-		return a.fillDev(f)
+		return a.fillDev(p)
 	}
 	return nil
+}
+
+// bindSys makes a bind of the host's /sys of a sysfs mount.
+func (a *assembly) bindSys(p *prepared) error {
+	t, err := kernel.CloneTree(unix.AT_FDCWD, "/sys", true)
+	if err != nil {
+		return err
+	}
+	p.file = a.use(t)
+	return kernel.SetMountAttr(t, true, &unix.MountAttr{Attr_set: p.attr.Attr_set | p.rattr.Attr_set, Propagation: p.rattr.Propagation})
 }
 
 // labelled tells the filesystems that take an SELinux label for all their files.

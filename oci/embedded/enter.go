@@ -151,8 +151,15 @@ func (c *Container) enterRunning(s *script, pidfd *os.File, pid int) (root *os.F
 			flags |= k.kind.CloneFlag()
 		}
 	}
+	if c.rt.plain && c.plan.ns[specs.PIDNamespace].mode != nsHost {
+		// Only in one step with the user namespace, and so not by the forking thread.
+		flags |= unix.CLONE_NEWPID
+	}
 	if flags != 0 {
 		s.do("join namespaces", unix.SYS_SETNS, s.fd(pidfd), flags)
+	}
+	if flags&unix.CLONE_NEWPID != 0 {
+		s.forkInside(0)
 	}
 	if c.plan.ownMounts() || c.podInit {
 		return nil, nil
