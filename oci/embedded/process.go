@@ -321,7 +321,7 @@ func (c *Container) cwd(s *script, dir string) {
 		Resolve: unix.RESOLVE_IN_ROOT | unix.RESOLVE_NO_MAGICLINKS,
 	}
 	name := fmt.Sprintf("process.cwd %q", path.Clean(dir))
-	f := s.do(name, unix.SYS_OPENAT2, atCwd, path.Clean(dir), bytesOf(how), unix.SizeofOpenHow).out()
+	f := s.openat2(name, path.Clean(dir), how)
 	s.do(name, unix.SYS_FCHDIR, f)
 }
 

@@ -147,6 +147,7 @@ func openNull() (*os.File, error) {
 func (r *Runtime) Close() error {
 	var err error
 	r.close.Do(func() {
+		r.emptyOnce.Do(func() { r.emptyErr = os.ErrClosed })
 		for _, f := range []*os.File{r.proc, r.empty, r.pidNS, r.null} {
 			if f != nil {
 				err = errors.Join(err, f.Close())
@@ -177,8 +178,12 @@ func (r *Runtime) Create(ctx context.Context, req oci.CreateRequest) (_ oci.Cont
 	}()
 	u.Push(c.closeFiles)
 	// The root's overlay and the cgroups are the two dear parts of a create (0.5
-	// ms each) and know nothing of each other.
+	// ms each) and know nothing of each other; nor does the empty mount namespace,
+	// the first time.
 	root := openRootAside(req, p)
+	if hasRoot(req) && p.ownMounts() && !p.hostTree() {
+		go r.emptyNS() // Close waits for it
+	}
 	u.Push(root.discard)
 	if p.cgroupPath != "" {
 		cg, warnings, err := r.cgroups.Create(p.cgroupPath, p.spec.Linux.Resources)
