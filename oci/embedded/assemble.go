@@ -188,9 +188,15 @@ func (a *assembly) openBind(p *prepared) error {
 		}
 		return a.useBind(p, t)
 	}
-	t, err := kernel.CloneTree(unix.AT_FDCWD, p.source, p.recursive)
+	source := p.source
+	if !path.IsAbs(source) {
+		if source = path.Join(a.bundle, source); !path.IsAbs(source) {
+			return invalid("%s.source %q: want an absolute path where there is no bundle", p.field, p.source)
+		}
+	}
+	t, err := kernel.CloneTree(unix.AT_FDCWD, source, p.recursive)
 	if err != nil {
-		return fmt.Errorf("source %q: %w", p.source, err)
+		return fmt.Errorf("source %q: %w", source, err)
 	}
 	return a.useBind(p, t)
 }
@@ -245,7 +251,7 @@ func (a *assembly) openCgroups(p *prepared) error {
 		p.file = a.use(t)
 		return kernel.SetMountAttr(t, false, attr)
 	}
-	t, err := kernel.NewFS("tmpfs", []kernel.FSOption{{Key: "mode", Value: "755"}}, unix.MOUNT_ATTR_NOSUID|unix.MOUNT_ATTR_NODEV|unix.MOUNT_ATTR_NOEXEC)
+	t, err := kernel.NewFS("tmpfs", []kernel.FSOption{{Key: "source", Value: "tmpfs"}, {Key: "mode", Value: "755"}}, unix.MOUNT_ATTR_NOSUID|unix.MOUNT_ATTR_NODEV|unix.MOUNT_ATTR_NOEXEC)
 	if err != nil {
 		return err
 	}
@@ -301,7 +307,7 @@ func (a *assembly) newFilesystems() error {
 		case "bind", "cgroup", "cgroup2", "proc":
 			continue
 		}
-		if p.remount {
+		if p.remount || p.takesMode() {
 			continue
 		}
 		if err := a.newFS(p); err != nil {
@@ -454,6 +460,11 @@ func (a *assembly) attach(p *prepared) error {
 			return nil
 		}
 	}
+	if p.takesMode() {
+		if err := a.takeMode(p); err != nil {
+			return err
+		}
+	}
 	at, err := a.mountPoint(p)
 	if err != nil {
 		return err
@@ -546,7 +557,7 @@ func (a *assembly) newFS(p *prepared) error {
 	if err != nil {
 		return err
 	}
-	if p.source != "" && p.source != p.fstype && p.source != "none" {
+	if p.source != "" {
 		opts = append([]kernel.FSOption{{Key: "source", Value: p.source}}, opts...)
 	}
 	set := p.attr.Attr_set | p.rattr.Attr_set

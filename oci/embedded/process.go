@@ -1,6 +1,7 @@
 package embedded
 
 import (
+	"bytes"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -16,6 +17,9 @@ import (
 )
 
 const atCwd = unix.AT_FDCWD
+
+// allCPUs is the mask of sched_setaffinity(2) of every CPU.
+var allCPUs = [1024 / 8]byte(bytes.Repeat([]byte{0xff}, 1024/8))
 
 // begin appends what every child does first, while it still sees nothing of the
 // container: leave our cgroup, the settings that go through procfs or that need
@@ -37,6 +41,11 @@ func (c *Container) begin(s *script, p *specs.Process) (warnings []string, err e
 	}
 	if p == nil {
 		return nil, nil
+	}
+	if p.ExecCPUAffinity == nil {
+		// The CPUs that the caller was bound to are no limit of the container's: all
+		// that its cgroup has, of which the kernel keeps those that there are.
+		s.do("all CPUs", unix.SYS_SCHED_SETAFFINITY, 0, len(allCPUs), allCPUs[:]).ignore(unix.EPERM, unix.EINVAL)
 	}
 	if err := c.attributes(s, p); err != nil {
 		return nil, err
@@ -315,7 +324,8 @@ func (c *Container) cwd(s *script, dir string) {
 		Resolve: unix.RESOLVE_IN_ROOT | unix.RESOLVE_NO_MAGICLINKS,
 	}
 	name := fmt.Sprintf("process.cwd %q", path.Clean(dir))
-	f := s.do(name, unix.SYS_OPENAT2, atCwd, path.Clean(dir), bytesOf(how), unix.SizeofOpenHow).out()
+	open := s.do(name, unix.SYS_OPENAT2, atCwd, path.Clean(dir), bytesOf(how), unix.SizeofOpenHow)
+	f := open.ignore(unix.EAGAIN).skip(-1).out() // EAGAIN: a rename or mount anywhere came in between
 	s.do(name, unix.SYS_FCHDIR, f)
 }
 
