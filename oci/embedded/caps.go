@@ -51,6 +51,8 @@ func ownCaps() (capSets, error) {
 			to = &c.bounding
 		case "CapPrm":
 			to = &c.permitted
+		case "CapEff":
+			to = &c.effective
 		default:
 			continue
 		}

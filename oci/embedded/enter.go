@@ -90,7 +90,7 @@ func (c *Container) mountProc(s *script) {
 		proc := s.do(name+"fsmount", unix.SYS_FSMOUNT, f, unix.FSMOUNT_CLOEXEC, int(m.attr.Attr_set|m.rattr.Attr_set)).out()
 		if c.userNS != nil {
 			// What Create opened is in the namespace that was copied from.
-			at := s.do(name+"open", unix.SYS_OPENAT2, atCwd, m.dest, bytesOf(realDir), unix.SizeofOpenHow).out()
+			at := s.openat2(name+"open", m.dest, realDir)
 			s.do(name+"move_mount", unix.SYS_MOVE_MOUNT, proc, "", at, "", unix.MOVE_MOUNT_F_EMPTY_PATH|unix.MOVE_MOUNT_T_EMPTY_PATH)
 		} else {
 			s.do(name+"move_mount", unix.SYS_MOVE_MOUNT, proc, "", s.fd(m.at), "", unix.MOVE_MOUNT_F_EMPTY_PATH|unix.MOVE_MOUNT_T_EMPTY_PATH)
@@ -154,8 +154,15 @@ func (c *Container) enterRunning(s *script, pidfd *os.File, pid int) (root *os.F
 			flags |= k.kind.CloneFlag()
 		}
 	}
+	if c.rt.plain && c.plan.ns[specs.PIDNamespace].mode != nsHost {
+		// Only in one step with the user namespace, and so not by the forking thread.
+		flags |= unix.CLONE_NEWPID
+	}
 	if flags != 0 {
 		s.do("join namespaces", unix.SYS_SETNS, s.fd(pidfd), flags)
+	}
+	if flags&unix.CLONE_NEWPID != 0 {
+		s.forkInside(0)
 	}
 	if c.plan.ownMounts() || c.podInit {
 		return nil, nil

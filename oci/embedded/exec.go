@@ -128,7 +128,7 @@ func (c *Container) spawnInside(s *script, pidfd *os.File, pid int, l launch, re
 	if root != nil {
 		defer root.Close()
 	}
-	if c.plan.ns[specs.PIDNamespace].mode != nsHost {
+	if c.plan.ns[specs.PIDNamespace].mode != nsHost && !c.rt.plain {
 		l.pidNS = pidfd
 	}
 	if err := rest(); err != nil {

@@ -189,7 +189,7 @@ func apparmorLabel(profile string) string {
 // clampOOM limits a score to what we may set: without CAP_SYS_RESOURCE it can
 // only be raised.
 func (r *Runtime) clampOOM(want int) (int, []string, error) {
-	if r.caps.permitted&(1<<unix.CAP_SYS_RESOURCE) != 0 {
+	if r.mayRaise() {
 		return want, nil, nil
 	}
 	b, err := os.ReadFile("/proc/self/oom_score_adj")
@@ -204,6 +204,12 @@ func (r *Runtime) clampOOM(want int) (int, []string, error) {
 		return want, nil, nil
 	}
 	return own, []string{fmt.Sprintf("process.oomScoreAdj: %d can not be set without CAP_SYS_RESOURCE; %d kept", want, own)}, nil
+}
+
+// mayRaise tells whether limits may be raised: the capability counts in the first
+// user namespace alone.
+func (r *Runtime) mayRaise() bool {
+	return r.caps.permitted&(1<<unix.CAP_SYS_RESOURCE) != 0 && !r.nested
 }
 
 // identity appends everything between the container's root and execve. The
@@ -248,7 +254,7 @@ func (c *Container) identity(s *script, p *specs.Process, terminal bool) (warnin
 		groups = binary.LittleEndian.AppendUint32(groups, g)
 	}
 	setgroups := s.do("process.user.additionalGids", unix.SYS_SETGROUPS, len(p.User.AdditionalGids), groups)
-	if len(groups) == 0 && c.plan.user() {
+	if len(groups) == 0 && (c.plan.user() || c.rt.nested) {
 		setgroups.ignore(unix.EPERM) // a user namespace made without privileges allows no setgroups at all
 	}
 	g, u := int(p.User.GID), int(p.User.UID)
@@ -324,14 +330,13 @@ func (c *Container) cwd(s *script, dir string) {
 		Resolve: unix.RESOLVE_IN_ROOT | unix.RESOLVE_NO_MAGICLINKS,
 	}
 	name := fmt.Sprintf("process.cwd %q", path.Clean(dir))
-	open := s.do(name, unix.SYS_OPENAT2, atCwd, path.Clean(dir), bytesOf(how), unix.SizeofOpenHow)
-	f := open.ignore(unix.EAGAIN).skip(-1).out() // EAGAIN: a rename or mount anywhere came in between
+	f := s.openat2(name, path.Clean(dir), how)
 	s.do(name, unix.SYS_FCHDIR, f)
 }
 
 func (r *Runtime) clampRlimit(l specs.POSIXRlimit) (unix.Rlimit, []string, error) {
 	want := unix.Rlimit{Cur: l.Soft, Max: l.Hard}
-	if r.caps.permitted&(1<<unix.CAP_SYS_RESOURCE) != 0 {
+	if r.mayRaise() {
 		return want, nil, nil
 	}
 	var own unix.Rlimit

@@ -188,6 +188,14 @@ const (
 	maxMessage = 3
 )
 
+// openat2 appends the opening of a path below the working directory. The kernel
+// answers EAGAIN when a mount or rename anywhere on the machine came between the
+// steps of a path with "..".
+func (s *script) openat2(name, path string, how *unix.OpenHow) ref {
+	c := s.do(name, unix.SYS_OPENAT2, unix.AT_FDCWD, path, bytesOf(how), unix.SizeofOpenHow)
+	return c.ignore(unix.EAGAIN).skip(-1).out()
+}
+
 // message lays out a message; the op that is to fill its second word keeps its
 // result in value.
 func (s *script) message(kind int) (at uintptr, value ref) {

@@ -332,7 +332,11 @@ func (c *Container) giveStdio(files [3]*os.File, user uint32, terminal bool) err
 		if !terminal && st.Mode&unix.S_IFMT != unix.S_IFIFO || st.Uid == uid {
 			continue
 		}
-		if err := unix.Fchown(int(f.Fd()), int(uid), -1); err != nil {
+		err := unix.Fchown(int(f.Fd()), int(uid), -1)
+		if c.rt.nested || c.rt.plain {
+			continue // the caller's files may belong to somebody without a name here
+		}
+		if err != nil {
 			return fmt.Errorf("stdio: chown: %w", err)
 		}
 	}
