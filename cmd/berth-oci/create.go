@@ -209,7 +209,7 @@ func (m *making) create(ctx context.Context, u *undo.Stack, env []string) (err e
 	noCgroup := m.isRootless() && s.Linux != nil && s.Linux.CgroupsPath == ""
 	complete(s, m.name, m.bundle.dir, m.systemd, noCgroup)
 	s.Process.Env = append(s.Process.Env, env...)
-	setHome(s.Process, s.Root.Path)
+	setEnv(s.Process, s.Root.Path)
 	m.rec = state.Record{
 		OCIVersion: s.Version, Rootfs: s.Root.Path, Created: time.Now().UTC(), Annotations: s.Annotations,
 		OwnPIDs: ownPIDs(s), NoCgroup: noCgroup, Systemd: m.systemd, KeepKeyring: m.noNewKeyring,

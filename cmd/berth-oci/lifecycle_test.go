@@ -87,6 +87,19 @@ func TestKillEndsACreatedContainer(t *testing.T) {
 	b.do("kill", id).ok()
 	b.eventually("stopped", func() bool { return b.state(id).Status == "stopped" })
 	b.do("delete", id).ok()
+
+	// Not by the command either: whoever was given the pidfd or the pid may send it.
+	for _, sig := range []unix.Signal{unix.SIGTERM, unix.SIGHUP} {
+		id = b.id()
+		b.do("create", id).ok()
+		pid := b.state(id).Pid
+		if err := unix.Kill(pid, sig); err != nil {
+			t.Fatal(err)
+		}
+		b.eventually("stopped", func() bool { return b.state(id).Status == "stopped" })
+		b.do("start", id).exits(1).says("cannot start a container that has stopped")
+		b.do("delete", id).ok()
+	}
 }
 
 func TestRunEndsWithTheProgramsCode(t *testing.T) {

@@ -154,6 +154,11 @@ func (a *assembly) attach(p *prepared) error {
 			return nil
 		}
 	}
+	if p.takesMode() {
+		if err := a.takeMode(p); err != nil {
+			return err
+		}
+	}
 	at, err := a.mountPoint(p)
 	if err != nil {
 		return err

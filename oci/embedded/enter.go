@@ -76,6 +76,9 @@ func (c *Container) mountProc(s *script) {
 	for _, m := range c.procs {
 		name := fmt.Sprintf("mount %q: ", m.dest)
 		f := s.do(name+"fsopen", unix.SYS_FSOPEN, "proc", unix.FSOPEN_CLOEXEC).out()
+		if m.source != "" { // what the table of mounts shows
+			s.do(name+"source", unix.SYS_FSCONFIG, f, unix.FSCONFIG_SET_STRING, "source", m.source, 0)
+		}
 		for _, o := range m.opts {
 			if o.Flag {
 				s.do(name+o.Key, unix.SYS_FSCONFIG, f, unix.FSCONFIG_SET_FLAG, o.Key, 0, 0)

@@ -55,6 +55,43 @@ func TestAttributes(t *testing.T) {
 	expect(t, out, want)
 }
 
+// TestAllCPUs: what the caller is bound to, the container is not.
+func TestAllCPUs(t *testing.T) {
+	all := func() (set unix.CPUSet) {
+		if err := unix.SchedGetaffinity(0, &set); err != nil {
+			t.Fatal(err)
+		}
+		return set
+	}
+	var own unix.CPUSet
+	if own = all(); own.Count() < 2 {
+		t.Skip("needs two CPUs")
+	}
+	r := runtimeFor(t)
+	out := newContainer(t, "status:Cpus_allowed_list").output(r)
+	want := value(t, out, "status:Cpus_allowed_list")
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	var one unix.CPUSet
+	for i := 0; one.Count() == 0; i++ {
+		if own.IsSet(i) {
+			one.Set(i)
+		}
+	}
+	if err := unix.SchedSetaffinity(0, &one); err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		if err := unix.SchedSetaffinity(0, &own); err != nil {
+			t.Error(err)
+		}
+	}()
+	c := newContainer(t, "status:Cpus_allowed_list", "policy:")
+	c.req.Spec.Process.ExecCPUAffinity = &specs.CPUAffinity{Initial: "0", Final: "0"} // not for the first process
+	c.req.Spec.Linux.MemoryPolicy = &specs.LinuxMemoryPolicy{Mode: specs.MpolDefault}
+	expect(t, c.output(r), map[string]string{"status:Cpus_allowed_list": want, "policy:": "0 0"})
+}
+
 func TestIDMappedMounts(t *testing.T) {
 	r := runtimeFor(t)
 	src := t.TempDir()

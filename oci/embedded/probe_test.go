@@ -91,6 +91,9 @@ func act(verb, x string) string {
 		return text(d, err)
 	case "pid":
 		return strconv.Itoa(os.Getpid())
+	case "save": // file,variable
+		f := strings.Split(x, ",")
+		return text("ok", os.WriteFile(f[0], []byte(os.Getenv(f[1])), 0o644))
 	case "env":
 		return os.Getenv(x)
 	case "umask":

@@ -1,6 +1,7 @@
 package embedded
 
 import (
+	"bytes"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -16,6 +17,9 @@ import (
 )
 
 const atCwd = unix.AT_FDCWD
+
+// allCPUs is the mask of sched_setaffinity(2) of every CPU.
+var allCPUs = [1024 / 8]byte(bytes.Repeat([]byte{0xff}, 1024/8))
 
 // begin appends what every child does first, while it still sees nothing of the
 // container: leave our cgroup, the settings that go through procfs or that need
@@ -37,6 +41,11 @@ func (c *Container) begin(s *script, p *specs.Process) (warnings []string, err e
 	}
 	if p == nil {
 		return nil, nil
+	}
+	if p.ExecCPUAffinity == nil {
+		// The CPUs that the caller was bound to are no limit of the container's: all
+		// that its cgroup has, of which the kernel keeps those that there are.
+		s.do("all CPUs", unix.SYS_SCHED_SETAFFINITY, 0, len(allCPUs), allCPUs[:]).ignore(unix.EPERM, unix.EINVAL)
 	}
 	if err := c.attributes(s, p); err != nil {
 		return nil, err

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"path"
 	"slices"
 	"strings"
 
@@ -74,9 +75,15 @@ func (a *assembly) openBind(p *prepared) error {
 		}
 		return a.useBind(p, t)
 	}
-	t, err := kernel.CloneTree(unix.AT_FDCWD, p.source, p.recursive)
+	source := p.source
+	if !path.IsAbs(source) {
+		if source = path.Join(a.bundle, source); !path.IsAbs(source) {
+			return invalid("%s.source %q: want an absolute path where there is no bundle", p.field, p.source)
+		}
+	}
+	t, err := kernel.CloneTree(unix.AT_FDCWD, source, p.recursive)
 	if err != nil {
-		return fmt.Errorf("source %q: %w", p.source, err)
+		return fmt.Errorf("source %q: %w", source, err)
 	}
 	return a.useBind(p, t)
 }
@@ -136,7 +143,7 @@ func (a *assembly) openCgroups(p *prepared) error {
 		}
 		return kernel.SetMountAttr(t, false, attr)
 	}
-	t, err := kernel.NewFS("tmpfs", []kernel.FSOption{{Key: "mode", Value: "755"}}, unix.MOUNT_ATTR_NOSUID|unix.MOUNT_ATTR_NODEV|unix.MOUNT_ATTR_NOEXEC)
+	t, err := kernel.NewFS("tmpfs", []kernel.FSOption{{Key: "source", Value: "tmpfs"}, {Key: "mode", Value: "755"}}, unix.MOUNT_ATTR_NOSUID|unix.MOUNT_ATTR_NODEV|unix.MOUNT_ATTR_NOEXEC)
 	if err != nil {
 		return err
 	}
@@ -173,7 +180,7 @@ func (a *assembly) newFilesystems() error {
 		case "bind", "cgroup", "cgroup2", "proc":
 			continue
 		}
-		if p.remount {
+		if p.remount || p.takesMode() {
 			continue
 		}
 		if err := a.newFS(p); err != nil {
@@ -214,7 +221,7 @@ func (a *assembly) newFS(p *prepared) error {
 	if err != nil {
 		return err
 	}
-	if p.source != "" && p.source != p.fstype && p.source != "none" {
+	if p.source != "" {
 		opts = append([]kernel.FSOption{{Key: "source", Value: p.source}}, opts...)
 	}
 	set := p.attr.Attr_set | p.rattr.Attr_set
