@@ -131,7 +131,7 @@ func (r *Runtime) Create(ctx context.Context, req oci.CreateRequest) (_ oci.Cont
 	u.Push(c.closeFiles)
 	// The root's overlay and the cgroups are the two dear parts of a create (0.5
 	// ms each) and know nothing of each other.
-	root := openRootAside(req, p)
+	root := r.openRootAside(req, p)
 	u.Push(root.discard)
 	if p.cgroupPath != "" {
 		cg, warnings, err := r.cgroups.Create(p.cgroupPath, p.spec.Linux.Resources)
@@ -199,7 +199,7 @@ type rootAside struct {
 }
 
 // openRootAside starts to open the root of a request; nil when it has none.
-func openRootAside(req oci.CreateRequest, p *plan) *rootAside {
+func (rt *Runtime) openRootAside(req oci.CreateRequest, p *plan) *rootAside {
 	if !hasRoot(req) {
 		return nil
 	}
@@ -220,7 +220,15 @@ func openRootAside(req oci.CreateRequest, p *plan) *rootAside {
 	r := &rootAside{done: make(chan struct{})}
 	go func() {
 		defer close(r.done)
-		r.file, r.err = openRootfs(req.Rootfs, path)
+		user, err := rt.layersUser(req, p)
+		if err != nil {
+			r.err = err
+			return
+		}
+		if user != nil {
+			defer user.Close()
+		}
+		r.file, r.err = openRootfs(req.Rootfs, path, user)
 	}()
 	return r
 }
