@@ -37,6 +37,7 @@ func (c *Container) join(s *script) {
 	s.do("join user namespace", unix.SYS_SETNS, s.fd(c.userNS), unix.CLONE_NEWUSER)
 	if c.plan.ns[specs.PIDNamespace].mode == nsNew {
 		s.forkInside(unix.CLONE_NEWPID)
+		s.do("setsid", unix.SYS_SETSID) // the new process leads no session yet, and could have no terminal
 	}
 	// A copy of the mount namespace that belongs to the user namespace: the kernel
 	// locks what was mounted and how, so that the container's root, whatever its

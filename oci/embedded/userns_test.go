@@ -160,6 +160,28 @@ func TestUserNamespaceExec(t *testing.T) {
 	}
 }
 
+// TestUserNamespaceTerminal: the first process of a PID namespace in a user
+// namespace, which is forked there, leads a session and has the terminal.
+func TestUserNamespaceTerminal(t *testing.T) {
+	r := runtimeFor(t)
+	c := newUserContainer(t, "winsize:", "stat:/proc/self/fd/0", "open:/dev/tty")
+	c.req.Spec.Process.Terminal, c.req.Spec.Process.ConsoleSize = true, &specs.Box{Height: 30, Width: 90}
+	run := c.start(r)
+	b := make([]byte, 4096)
+	var got strings.Builder
+	for {
+		n, err := run.p.Console.Read(b)
+		got.Write(b[:n])
+		if err != nil {
+			break
+		}
+	}
+	if ws := run.reap(); ws.ExitStatus() != 0 {
+		t.Errorf("wait status %#x", uint32(ws))
+	}
+	expect(t, got.String(), map[string]string{"winsize:": "30x90", "open:/dev/tty": "ok"})
+}
+
 // TestJoinUserNamespace: a second container in the namespaces of the first.
 func TestJoinUserNamespace(t *testing.T) {
 	r := runtimeFor(t)
