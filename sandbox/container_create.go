@@ -139,6 +139,9 @@ func (b *containerBuild) check() error {
 		}
 	}
 	ns := cfg.Security.Namespaces
+	if !ns.User.Same(b.pod.Config.Namespaces.User) {
+		return bad("namespace_options.userns_options: differs from the pod sandbox's; a container has its pod's user namespace")
+	}
 	switch ns.PID {
 	case NamespacePod:
 		// A container that asks for the pod's PID namespace in a pod without one gets
@@ -182,7 +185,7 @@ func (b *containerBuild) acquireVolumes() error {
 		if b.volumes == nil {
 			b.volumes = map[string]oci.Volume{}
 		}
-		b.volumes[strconv.Itoa(i)] = oci.Volume{Lowers: img.Layers, SubPath: m.ImageSubPath}
+		b.volumes[strconv.Itoa(i)] = oci.Volume{Lowers: img.Layers, SubPath: m.ImageSubPath, Idmap: b.pod.Config.Namespaces.User != nil}
 		// What the status says of the mount: which image it turned out to be.
 		b.config.Mounts[i].ImageRef = string(img.ID)
 	}
@@ -286,7 +289,11 @@ func (b *containerBuild) folders(context.Context) error {
 			return err
 		}
 	}
-	return nil
+	uid, gid := b.pod.Config.Namespaces.User.Root()
+	if uid == 0 && gid == 0 {
+		return nil
+	}
+	return os.Chown(filepath.Join(dir, "upper"), int(uid), int(gid))
 }
 
 func (b *containerBuild) create(ctx context.Context) error {
@@ -305,6 +312,10 @@ func (b *containerBuild) create(ctx context.Context) error {
 	if b.pod.Config.Namespaces.IPC != NamespaceNode {
 		r.Namespaces[specs.IPCNamespace] = fdKey(b.p.id, string(kernel.IPCNS))
 		r.Mounts = map[string]string{"shm": fdKey(b.p.id, "shm")}
+	}
+	if b.pod.Config.Namespaces.User != nil {
+		r.Namespaces[specs.UserNamespace] = fdKey(b.p.id, string(kernel.UserNS))
+		r.Rootfs.Idmap = true
 	}
 	return b.e.cfg.Runtime.Create(ctx, r)
 }

@@ -180,7 +180,7 @@ func (r *Runtime) Create(ctx context.Context, req oci.CreateRequest) (_ oci.Cont
 	// The root's overlay and the cgroups are the two dear parts of a create (0.5
 	// ms each) and know nothing of each other; nor does the empty mount namespace,
 	// the first time.
-	root := openRootAside(req, p)
+	root := r.openRootAside(req, p)
 	if hasRoot(req) && p.ownMounts() && !p.hostTree() {
 		go r.emptyNS() // Close waits for it
 	}
@@ -251,7 +251,7 @@ type rootAside struct {
 }
 
 // openRootAside starts to open the root of a request; nil when it has none.
-func openRootAside(req oci.CreateRequest, p *plan) *rootAside {
+func (rt *Runtime) openRootAside(req oci.CreateRequest, p *plan) *rootAside {
 	if !hasRoot(req) {
 		return nil
 	}
@@ -272,7 +272,15 @@ func openRootAside(req oci.CreateRequest, p *plan) *rootAside {
 	r := &rootAside{done: make(chan struct{})}
 	go func() {
 		defer close(r.done)
-		r.file, r.err = openRootfs(req.Rootfs, path)
+		user, err := rt.layersUser(req, p)
+		if err != nil {
+			r.err = err
+			return
+		}
+		if user != nil {
+			defer user.Close()
+		}
+		r.file, r.err = openRootfs(req.Rootfs, path, user)
 	}()
 	return r
 }

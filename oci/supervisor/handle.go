@@ -71,6 +71,13 @@ func (c *conn) handle(f wire.Frame, files []*os.File) (body any, out []*os.File,
 			return nil, nil, nil, err
 		}
 		return nil, nil, nil, s.remove(t.ID)
+	case wire.OpUserNamespace:
+		r, err := decode[wire.UserNamespace](f)
+		if err != nil {
+			return nil, nil, nil, err
+		}
+		out, err := s.userNamespace(r)
+		return nil, out, nil, err
 	case wire.OpStdin:
 		_, k, err := on(s, f, target)
 		if err != nil {
@@ -260,6 +267,17 @@ func (s *Server) runtime(r wire.Create) (oci.Runtime, error) {
 		return nil, fmt.Errorf("handler %q: no such runtime: %w", r.Handler, errdefs.ErrInvalidArgument)
 	}
 	return rt, nil
+}
+
+// userNamespace serves OpUserNamespace.
+func (s *Server) userNamespace(r wire.UserNamespace) ([]*os.File, error) {
+	rt, ok := s.cfg.Handlers[""].(oci.UserNamespaces)
+	if !ok {
+		return nil, fmt.Errorf("user namespaces: the default runtime makes none: %w", errdefs.ErrNotImplemented)
+	}
+	forked := s.children.forking() // they are made by a process
+	defer forked()
+	return rt.NewUserNamespace(oci.UserNamespaceRequest{UIDs: r.UIDs, GIDs: r.GIDs, Kinds: r.Kinds, Layers: r.Layers})
 }
 
 // complete fills in what the spec leaves to us: without an oom_score_adj of its
