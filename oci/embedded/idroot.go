@@ -162,7 +162,7 @@ func (r *Runtime) layersUser(req oci.CreateRequest, p *plan) (*os.File, error) {
 }
 
 // NewUserNamespace implements oci.UserNamespaces.
-func (r *Runtime) NewUserNamespace(req oci.UserNamespaceRequest) (_ []*os.File, err error) {
+func (r *Runtime) NewUserNamespace(req oci.UserNamespaceRequest) (out []*os.File, err error) {
 	if err := errors.Join(checkRanges("uids", req.UIDs), checkRanges("gids", req.GIDs)); err != nil {
 		return nil, err
 	}
@@ -179,10 +179,10 @@ func (r *Runtime) NewUserNamespace(req oci.UserNamespaceRequest) (_ []*os.File, 
 	if err != nil {
 		return nil, fmt.Errorf("user namespace: %w", err)
 	}
-	var out []*os.File
 	defer func() {
 		if err = errors.Join(err, h.end()); err != nil {
 			closeLayers(out)
+			out = nil
 		}
 	}()
 	for _, t := range append([]specs.LinuxNamespaceType{specs.UserNamespace}, req.Kinds...) {

@@ -243,7 +243,7 @@ func TestUserNamespaceErrors(t *testing.T) {
 		"no such file":       {UIDs: testMap, GIDs: testMap, Layers: []string{"/no/such", "/tmp"}},
 		"may not support it": {UIDs: testMap, GIDs: testMap, Layers: []string{"/proc", "/sys"}},
 	} {
-		if files, err := r.NewUserNamespace(req); err == nil || !strings.Contains(err.Error(), want) {
+		if files, err := r.NewUserNamespace(req); err == nil || files != nil || !strings.Contains(err.Error(), want) {
 			closeLayers(files)
 			t.Errorf("err %v, want %q", err, want)
 		}

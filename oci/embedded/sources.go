@@ -41,7 +41,7 @@ func (a *assembly) prepare(root *rootAside) error {
 			err = a.openCgroups(&p)
 		}
 		if err != nil {
-			return fmt.Errorf("mount %q: %w", m.dest, err)
+			return fmt.Errorf("%s %q: %w", m.field, m.dest, err)
 		}
 		a.mounts = append(a.mounts, p)
 	}
@@ -193,7 +193,7 @@ func (a *assembly) newFilesystems() error {
 			continue
 		}
 		if err := a.newFS(p); err != nil {
-			return fmt.Errorf("mount %q: %w", p.dest, err)
+			return fmt.Errorf("%s %q: %w", p.field, p.dest, err)
 		}
 	}
 	return nil

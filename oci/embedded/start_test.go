@@ -323,7 +323,7 @@ func TestCreateErrors(t *testing.T) {
 			s.Linux.Namespaces = append(s.Linux.Namespaces[:1], s.Linux.Namespaces[2:]...)
 			s.Linux.NetDevices = map[string]specs.LinuxNetDevice{"eth9": {}}
 		}},
-		{"missing source", `mount "/data": source "/no/such": open_tree: no such file`, nil, func(s *specs.Spec) {
+		{"missing source", `mounts[7] "/data": source "/no/such": open_tree: no such file`, nil, func(s *specs.Spec) {
 			s.Mounts = append(s.Mounts, specs.Mount{Destination: "/data", Type: "bind", Source: "/no/such"})
 		}},
 		{"bad memory limit", "linux.resources.cpu.quota", nil, func(s *specs.Spec) {

@@ -271,9 +271,9 @@ func (s *Server) runtime(r wire.Create) (oci.Runtime, error) {
 
 // userNamespace serves OpUserNamespace.
 func (s *Server) userNamespace(r wire.UserNamespace) ([]*os.File, error) {
-	rt, ok := s.cfg.Handlers[""].(oci.UserNamespaces)
+	rt, ok := s.cfg.Handlers[version.Name].(oci.UserNamespaces)
 	if !ok {
-		return nil, fmt.Errorf("user namespaces: the default runtime makes none: %w", errdefs.ErrNotImplemented)
+		return nil, fmt.Errorf("user namespaces: handler %q makes none: %w", version.Name, errdefs.ErrNotImplemented)
 	}
 	forked := s.children.forking() // they are made by a process
 	defer forked()
