@@ -304,8 +304,8 @@ func TestCreateErrors(t *testing.T) {
 			s.Linux.Namespaces = append(s.Linux.Namespaces, specs.LinuxNamespace{Type: specs.TimeNamespace})
 			s.Linux.TimeOffsets = map[string]specs.LinuxTimeOffset{"x": {Secs: 1}}
 		}},
-		{"namespace path that is none", "linux.namespaces: uts: path \"/etc/passwd\": not a namespace", errdefs.ErrInvalidArgument, func(s *specs.Spec) {
-			s.Linux.Namespaces[3].Path = "/etc/passwd"
+		{"namespace path that is none", "linux.namespaces: uts: path \"/proc/self/status\": not a namespace", errdefs.ErrInvalidArgument, func(s *specs.Spec) {
+			s.Linux.Namespaces[3].Path = "/proc/self/status"
 		}},
 		{"namespace path of another kind", "linux.namespaces: uts: path \"/proc/self/ns/net\": a namespace of another type", errdefs.ErrInvalidArgument, func(s *specs.Spec) {
 			s.Linux.Namespaces[3].Path = "/proc/self/ns/net"
