@@ -81,7 +81,23 @@ func act(verb, x string) string {
 		return text(strings.Join(names, ","), err)
 	case "env":
 		return strings.Join(os.Environ(), "|")
-	case "arg":
+	case "report": // FILE: what a hook is given
+		d, err := os.Getwd()
+		if err == nil {
+			err = os.WriteFile(x, []byte(strings.TrimSpace("env "+strings.Join(os.Environ(), "|"))+"\ncwd "+d+"\nfds "+descriptors()+"\n"), 0o644)
+		}
+		return text("ok", err)
+	case "socket": // FAMILY
+		n, _ := strconv.Atoi(x)
+		fd, err := unix.Socket(n, unix.SOCK_SEQPACKET, 0)
+		if err != nil && n == unix.AF_INET {
+			fd, err = unix.Socket(n, unix.SOCK_STREAM, 0)
+		}
+		if err == nil {
+			unix.Close(fd)
+		}
+		return text("ok", err)
+	case "arg": // the length of a variable
 		return fmt.Sprint(len(os.Getenv(x)))
 	case "cwd":
 		d, err := unix.Getwd()
@@ -158,7 +174,7 @@ func descriptors() string {
 	var names []string
 	for _, e := range d {
 		l, err := os.Readlink("/proc/self/fd/" + e.Name())
-		if n, _ := strconv.Atoi(e.Name()); err != nil || n < 3 || strings.HasPrefix(l, "anon_inode:[event") || strings.HasPrefix(l, "/proc/") {
+		if n, _ := strconv.Atoi(e.Name()); err != nil || n < 3 || strings.HasPrefix(l, "anon_inode:[event") || strings.HasPrefix(l, "/proc/") || strings.Contains(l, "/cpu.cfs_") || strings.HasSuffix(l, "/cpu.max") {
 			continue
 		}
 		names = append(names, e.Name()+"="+l)

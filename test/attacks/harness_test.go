@@ -302,6 +302,13 @@ func (b *bench) id() string {
 	b.t.Helper()
 	id := fmt.Sprintf("a%d-%d", os.Getpid(), serial.Add(1))
 	b.spec.Linux.CgroupsPath = cgroupRoot + "/" + id
+	b.rewrite()
+	return id
+}
+
+// rewrite writes the config anew.
+func (b *bench) rewrite() {
+	b.t.Helper()
 	data, err := json.Marshal(b.spec)
 	if err == nil {
 		err = os.WriteFile(filepath.Join(b.bundle, "config.json"), data, 0o644)
@@ -309,7 +316,6 @@ func (b *bench) id() string {
 	if err != nil {
 		b.t.Fatal(err)
 	}
-	return id
 }
 
 // result is what a command left.

@@ -19,6 +19,8 @@ import (
 	"github.com/berth-runtime/berth/test/testimage"
 )
 
+var runtimeDefault = &cri.SecurityProfile{ProfileType: cri.SecurityProfile_RuntimeDefault}
+
 // node is a real daemon with a registry of hostile images, started by the first
 // test that needs it.
 type node struct {
