@@ -69,6 +69,15 @@ func act(verb, x string) string {
 		var st unix.Statfs_t
 		err := unix.Statfs(x, &st)
 		return text(fmt.Sprintf("%#x", st.Type), err)
+	case "procs": // where procfs is mounted
+		b, err := os.ReadFile("/proc/self/mountinfo")
+		var at []string
+		for line := range strings.Lines(string(b)) {
+			if f := strings.Fields(line); strings.Contains(line, " - proc ") {
+				at = append(at, f[4])
+			}
+		}
+		return text(strings.Join(at, ","), err)
 	case "link":
 		l, err := os.Readlink(x)
 		return text(l, err)
@@ -211,7 +220,8 @@ func secret() string {
 		if err != nil {
 			return nil
 		}
-		if path == "/proc" || path == "/sys" || path == "/bin" {
+		var st unix.Statfs_t
+		if path == "/sys" || path == "/bin" || d.IsDir() && (unix.Statfs(path, &st) != nil || st.Type == unix.PROC_SUPER_MAGIC) {
 			return fs.SkipDir
 		}
 		// What the directory says may be of a file below a mount, or outdated.

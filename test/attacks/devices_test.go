@@ -20,16 +20,19 @@ import (
 func TestCVE_2025_31133(t *testing.T) {
 	ways(t, func(b *bench) {
 		b.unmount("/dev")
-		b.symlink("/proc/sys/kernel/core_pattern", "dev/null")
+		b.file("etc/evil", "of the image")
 		b.file("etc/masked", "not to be seen")
 		b.spec.Linux.MaskedPaths = append(b.spec.Linux.MaskedPaths, "/etc/masked", "/proc/sched_debug", "/proc/version")
 		b.args("read:/etc/masked", "stat:/etc/masked", "read:/proc/version", "read:/proc/timer_list", "open:/proc/sys/kernel/core_pattern", "write:/etc/masked,|/evil")
-		r := b.run().ok().expect(map[string]string{"read:/etc/masked": "", "read:/proc/version": "", "read:/proc/timer_list": ""})
-		if got := r.value("open:/proc/sys/kernel/core_pattern"); got == "ok" {
-			t.Error("core_pattern can be written")
-		}
-		if got := r.value("stat:/etc/masked"); !strings.HasPrefix(got, "20666 1:3") {
-			t.Errorf("the mask is %s", got)
+		for _, target := range []string{"/proc/sys/kernel/core_pattern", "/etc/evil"} {
+			b.symlink(target, "dev/null")
+			r := b.run().ok().expect(map[string]string{"read:/etc/masked": "", "read:/proc/version": "", "read:/proc/timer_list": ""})
+			if got := r.value("open:/proc/sys/kernel/core_pattern"); got == "ok" {
+				t.Error("core_pattern can be written")
+			}
+			if got := r.value("stat:/etc/masked"); !strings.HasPrefix(got, "20666 1:3") {
+				t.Errorf("the mask is %s", got)
+			}
 		}
 	})
 }

@@ -68,24 +68,27 @@ func TestCVE_2019_19921(t *testing.T) {
 func TestCVE_2023_27561(t *testing.T) {
 	b := newBench(t)
 	vol := b.volume("vol")
-	for _, d := range []string{"vol/a/proc", "vol/b/sys/kernel"} {
+	for _, d := range []string{"vol/a/proc", "vol/b/proc/sys/kernel"} {
 		b.volume(d)
 	}
-	if err := os.Symlink("../b", filepath.Join(vol, "a2")); err != nil {
+	if err := os.Symlink("b", filepath.Join(vol, "a2")); err != nil {
 		t.Fatal(err)
 	}
 	b.bind(vol, "/vol")
 	b.args("swap:/vol/a,/vol/a2")
 	b.start()
 	b.mount(specs.Mount{Destination: "/vol/a/proc", Type: "proc", Source: "proc"})
-	b.args("fstype:/proc", "status:Seccomp", "secret:")
+	b.args("fstype:/proc", "procs:", "secret:")
 	race(t, func(int) {
 		r := b.run()
 		if r.code != 0 && !strings.Contains(r.err, "/vol/a/proc") {
 			t.Fatalf("%s%s", r.out, r.err)
 		}
 		if r.code == 0 {
-			r.expect(map[string]string{"fstype:/proc": "0x9fa0", "status:Seccomp": "0", "secret:": ""})
+			r.expect(map[string]string{"fstype:/proc": "0x9fa0", "secret:": ""})
+			if got := r.value("procs:"); strings.Contains(got, "/vol/b") {
+				t.Errorf("procfs is mounted at %s", got)
+			}
 		}
 	})
 }
@@ -154,6 +157,10 @@ func TestCVE_2025_24965(t *testing.T) {
 		b.spec.Process.Cwd = "/work"
 		b.args("ls:/copied", "cwd:", "secret:")
 		b.run().ok().expect(map[string]string{"ls:/copied": "", "cwd:": b.canary.dir, "secret:": ""})
+		// A path that is there on the host too.
+		b.mount(specs.Mount{Destination: b.canary.dir, Type: "tmpfs", Source: "tmpfs", Options: []string{"tmpcopyup"}})
+		b.args("ls:"+b.canary.dir, "secret:")
+		b.run().ok().expect(map[string]string{"ls:" + b.canary.dir: "", "secret:": ""})
 	})
 }
 
