@@ -218,6 +218,13 @@ func below(dir, p string) (string, bool) {
 // sysfs must lie on a real directory: an image that makes /proc a symlink could
 // have the runtime's later writes go elsewhere (invariant I2).
 func (a *assembly) mountPoint(p *prepared) (*os.File, error) {
+	if p.dest == "/proc" && p.file != nil {
+		// What is written there later must go to procfs (CVE-2019-16884).
+		var fs unix.Statfs_t
+		if err := unix.Fstatfs(int(p.file.Fd()), &fs); err != nil || fs.Type != unix.PROC_SUPER_MAGIC {
+			return nil, invalid("%s.destination: nothing but procfs may be mounted on /proc", p.field)
+		}
+	}
 	strict := p.fstype == "proc" || p.fstype == "sysfs" || p.dest == "/proc" || p.dest == "/sys"
 	if !strict {
 		return kernel.MakeInRoot(a.root, p.dest, p.isDir)

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -57,6 +58,7 @@ type Container struct {
 	pid      int          // of the first process; guarded by mu
 	tail     Tail         // guarded by mu
 	started  bool         // guarded by mu
+	tracers  atomic.Bool  // execs may have brought CAP_SYS_PTRACE
 	deleted  bool         // guarded by mu
 	warnMu   sync.Mutex
 	warnings []string // guarded by warnMu after Create

@@ -222,6 +222,7 @@ func (r *Runtime) Reopen(s Saved) (_ *Container, err error) {
 		return nil, err
 	}
 	c := &Container{rt: r, id: s.ID, bundle: s.Bundle, plan: p, pid: s.Pid, tail: s.Tail, started: true}
+	c.tracers.Store(true)
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, c.closeFiles())

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"os"
 	"path"
+	"slices"
 
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
@@ -138,10 +139,13 @@ func (c *Container) maskProc(s *script, m procMount, proc ref) {
 }
 
 // enterRunning appends the entry of a further process into the namespaces of the
-// first one, pid. The caller closes root, which may be nil,
-// when the script has started.
-func (c *Container) enterRunning(s *script, pidfd *os.File, pid int) (root *os.File, err error) {
+// first one, pid; into its PID namespace only if that is to be late. The caller
+// closes root, which may be nil, when the script has started.
+func (c *Container) enterRunning(s *script, pidfd *os.File, pid int, late bool) (root *os.File, err error) {
 	flags := 0
+	if late {
+		flags = unix.CLONE_NEWPID // its children's: see appear
+	}
 	for _, k := range []struct {
 		spec specs.LinuxNamespaceType
 		kind kernel.Namespace
@@ -161,7 +165,7 @@ func (c *Container) enterRunning(s *script, pidfd *os.File, pid int) (root *os.F
 	if flags != 0 {
 		s.do("join namespaces", unix.SYS_SETNS, s.fd(pidfd), flags)
 	}
-	if flags&unix.CLONE_NEWPID != 0 {
+	if flags&unix.CLONE_NEWPID != 0 && !late {
 		s.forkInside(0)
 	}
 	if c.plan.ownMounts() || c.podInit {
@@ -173,4 +177,43 @@ func (c *Container) enterRunning(s *script, pidfd *os.File, pid int) (root *os.F
 	s.do("enter root", unix.SYS_FCHDIR, s.fd(root))
 	s.do("chroot", unix.SYS_CHROOT, ".")
 	return root, nil
+}
+
+// mayBeTraced tells whether a process in the container's PID namespace may trace
+// one of the runtime's there: not being dumpable protects it from all but
+// CAP_SYS_PTRACE in the machine's own user namespace. Of a namespace that others
+// share, and of a container that was found again, nobody knows.
+func (c *Container) mayBeTraced() bool {
+	mode := c.plan.ns[specs.PIDNamespace].mode
+	if c.plan.user() || mode == nsHost || c.rt.plain {
+		return false
+	}
+	p := c.plan.spec.Process
+	return c.tracers.Load() || mode == nsJoin || c.podInit || p != nil && tracer(p)
+}
+
+// tracer tells whether p, or what it executes, may have CAP_SYS_PTRACE.
+func tracer(p *specs.Process) bool {
+	l := p.Capabilities
+	return l != nil && slices.Contains(slices.Concat(l.Permitted, l.Bounding), "CAP_SYS_PTRACE")
+}
+
+// appear appends a late entry into the PID namespace, by a fork after the identity:
+// who is in there and may trace the process gets nothing that it has not itself,
+// neither capabilities nor descriptors of the host (CVE-2016-9962, invariant I5).
+// Of these only in, unless it is negative, stays open; its new number is returned.
+func (s *script) appear(terminal bool, in childFD) childFD {
+	first := s.program() // has done its work
+	if in >= 0 {
+		s.do("dup3", unix.SYS_DUP3, in, first, unix.O_CLOEXEC)
+		in = first
+		first++
+	}
+	s.do("close_range", unix.SYS_CLOSE_RANGE, first, uintptr(0xffffffff), 0)
+	s.forkInside(0)
+	s.do("setsid", unix.SYS_SETSID)
+	if terminal {
+		s.do("controlling terminal", unix.SYS_IOCTL, 0, unix.TIOCSCTTY, 0)
+	}
+	return in
 }

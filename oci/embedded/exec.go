@@ -66,12 +66,20 @@ func (c *Container) Exec(ctx context.Context, p *specs.Process, io oci.Stdio) (_
 		return oci.Process{}, err
 	}
 	defer agent.close()
-	ch, err := c.spawnInside(s, c.init, c.pid, l, func() error {
+	if tracer(p) {
+		c.tracers.Store(true)
+	}
+	late := c.mayBeTraced()
+	ch, err := c.spawnInside(s, c.init, c.pid, l, late, func() error {
 		c.session(s)
-		more, err := c.identity(s, p, p.Terminal)
+		more, err := c.identity(s, p, p.Terminal && !late)
 		warnings = append(warnings, more...)
+		in := agent.in
+		if late {
+			in = s.appear(p.Terminal, in)
+		}
 		if err == nil {
-			err = c.seal(s, p, agent.in)
+			err = c.seal(s, p, in)
 		}
 		s.exec(p)
 		return err
@@ -118,17 +126,18 @@ func (g agentGate) close() {
 }
 
 // spawnInside starts a script, begun by begin, in the namespaces of the
-// container's first process and goes on with what rest appends.
-func (c *Container) spawnInside(s *script, pidfd *os.File, pid int, l launch, rest func() error) (*child, error) {
+// container's first process and goes on with what rest appends, which makes the
+// entry into the PID namespace if that is to be late.
+func (c *Container) spawnInside(s *script, pidfd *os.File, pid int, l launch, late bool, rest func() error) (*child, error) {
 	l.cgroup = c.joinDir
-	root, err := c.enterRunning(s, pidfd, pid)
+	root, err := c.enterRunning(s, pidfd, pid, late)
 	if err != nil {
 		return nil, err
 	}
 	if root != nil {
 		defer root.Close()
 	}
-	if c.plan.ns[specs.PIDNamespace].mode != nsHost && !c.rt.plain {
+	if c.plan.ns[specs.PIDNamespace].mode != nsHost && !c.rt.plain && !late {
 		l.pidNS = pidfd
 	}
 	if err := rest(); err != nil {

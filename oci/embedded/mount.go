@@ -74,6 +74,9 @@ func parseMount(field string, m specs.Mount) (mount, error) {
 	if out.rattr.Propagation == 0 {
 		out.rattr.Propagation = unix.MS_PRIVATE
 	}
+	if out.dest == "/sys" && out.recursive && out.attr.Attr_set&unix.MOUNT_ATTR_RDONLY != 0 {
+		out.rattr.Attr_set |= unix.MOUNT_ATTR_RDONLY // the host's cgroups below too (CVE-2023-25809)
+	}
 	if err := out.idMapping(m); err != nil {
 		return out, err
 	}

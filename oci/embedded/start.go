@@ -220,7 +220,7 @@ func (c *Container) runEarlyHooks(ctx context.Context, ch *child) error {
 		if _, err := c.begin(s, nil); err != nil {
 			return oci.Process{}, err
 		}
-		hook, err := c.spawnInside(s, ch.PidFD, ch.Pid, launch{stdio: [3]*os.File{in, out, out}}, func() error {
+		hook, err := c.spawnInside(s, ch.PidFD, ch.Pid, launch{stdio: [3]*os.File{in, out, out}}, false, func() error {
 			// Where the root lies in the host's tree, as with runc: hooks name what they
 			// add to it from there. Before the ids: directories above may be closed to them.
 			s.do("chdir", unix.SYS_CHDIR, c.plan.spec.Root.Path)
@@ -262,7 +262,7 @@ func (c *Container) runStartHooks(ctx context.Context, pidfd *os.File, pid int) 
 			return oci.Process{}, err
 		}
 		defer agent.close()
-		ch, err := c.spawnInside(s, pidfd, pid, launch{stdio: [3]*os.File{in, out, out}}, func() error {
+		ch, err := c.spawnInside(s, pidfd, pid, launch{stdio: [3]*os.File{in, out, out}}, false, func() error {
 			c.session(s)
 			if _, err := c.identity(s, &p, false); err != nil {
 				return err
