@@ -10,8 +10,8 @@
 #   --run      only tests that match, as `go test -run`
 #   PACKAGE    such as ./sandbox/stats (default: every package that has tests)
 #
-# It needs Linux on amd64, Go, and Debian's packages of qemu, busybox, e2fsprogs
-# and kmod, which apt-get installs when they are missing (then it needs root).
+# It needs Linux on amd64, Go, and Debian's packages of qemu, busybox, e2fsprogs,
+# kmod, runc and crun, which apt-get installs when they are missing (then it needs root).
 # The kernel is downloaded once, to ${XDG_CACHE_HOME:-~/.cache}/berth/vm.
 # BERTH_VM_ACCEL=kvm uses the processor's virtualization; the default, tcg, is
 # slower and runs everywhere.
@@ -36,7 +36,7 @@ done
 PATH=$PATH:/usr/sbin:/sbin
 
 missing=()
-for need in qemu-system-x86_64:qemu-system-x86 busybox:busybox-static mke2fs:e2fsprogs depmod:kmod cpio:cpio dpkg-deb:dpkg; do
+for need in qemu-system-x86_64:qemu-system-x86 busybox:busybox-static mke2fs:e2fsprogs depmod:kmod cpio:cpio dpkg-deb:dpkg runc:runc crun:crun; do
   command -v "${need%%:*}" >/dev/null || missing+=("${need##*:}")
 done
 if [ ${#missing[@]} -gt 0 ]; then
@@ -74,6 +74,11 @@ cp "$(command -v busybox)" "$root/bin/busybox"
 for name in $(busybox --list); do [ "$name" = busybox ] || ln -s busybox "$root/bin/$name"; done
 ln -s ../bin/busybox "$root/sbin/modprobe" # where the kernel looks for it
 cp hack/vm-guest.sh "$root/sbin/init"
+# External runtimes, where their packages have them, with the libraries that they link.
+for name in sbin/runc bin/crun; do
+  install -D "/usr/$name" "$root/usr/$name"
+  ldd "/usr/$name" | grep -o '/[^ ]*' | while read -r lib; do [ "$lib" = "/usr/$name:" ] || install -D "$lib" "$root$lib"; done
+done
 modules=lib/modules/$release
 mkdir -p "$root/$modules/kernel"/{fs,net/ipv4,drivers/net,drivers/block}
 for m in arch crypto lib net/netfilter net/ipv4/netfilter net/ipv6 net/sched fs/overlayfs drivers/net/veth.ko drivers/net/dummy.ko drivers/virtio drivers/block/virtio_blk.ko; do

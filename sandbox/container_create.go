@@ -2,6 +2,7 @@ package sandbox
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"os"
@@ -289,11 +290,29 @@ func (b *containerBuild) folders(context.Context) error {
 			return err
 		}
 	}
+	if b.spec.Hooks != nil {
+		if err := b.bundle(dir); err != nil {
+			return err
+		}
+	}
 	uid, gid := b.pod.Config.Namespaces.User.Root()
 	if uid == 0 && gid == 0 {
 		return nil
 	}
 	return os.Chown(filepath.Join(dir, "upper"), int(uid), int(gid))
+}
+
+// bundle makes dir the bundle that hooks look for: config.json names the folder
+// where the root is while they run.
+func (b *containerBuild) bundle(dir string) error {
+	root := *b.spec.Root
+	root.Path = filepath.Join(dir, "rootfs")
+	b.spec.Root = &root
+	text, err := json.Marshal(b.spec)
+	if err != nil {
+		return err
+	}
+	return errors.Join(os.Mkdir(root.Path, 0o755), os.WriteFile(filepath.Join(dir, "config.json"), text, 0o600))
 }
 
 func (b *containerBuild) create(ctx context.Context) error {
@@ -304,6 +323,9 @@ func (b *containerBuild) create(ctx context.Context) error {
 		Namespaces: map[specs.LinuxNamespaceType]string{},
 		Stdin:      b.config.Stdin, StdinOnce: b.config.StdinOnce,
 		Volumes: b.volumes,
+	}
+	if b.spec.Hooks != nil {
+		r.Bundle = dir
 	}
 	if b.pod.Config.Namespaces.Network != NamespaceNode {
 		r.Namespaces[specs.NetworkNamespace] = fdKey(b.p.id, string(kernel.NetNS))

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"time"
 
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
@@ -76,9 +77,24 @@ func (c *connections) hand(p oci.Process, detach bool) error {
 // maxSunPath is the longest path a unix socket's address holds.
 const maxSunPath = 107
 
-// dial connects to a unix stream socket at any path. Package net would bring in
-// more start-up time than all of this takes.
+// listenWait is for callers that start the socket's server at the same time,
+// which goes well with a runtime that takes longer to get here.
+const listenWait = 300 * time.Millisecond
+
 func dial(path string) (*os.File, error) {
+	deadline := time.Now().Add(listenWait)
+	for {
+		f, err := connect(path)
+		if !errors.Is(err, unix.ENOENT) && !errors.Is(err, unix.ECONNREFUSED) || time.Now().After(deadline) {
+			return f, err
+		}
+		time.Sleep(time.Millisecond)
+	}
+}
+
+// connect connects to a unix stream socket at any path. Package net would bring
+// in more start-up time than all of this takes.
+func connect(path string) (*os.File, error) {
 	at := path
 	if len(path) > maxSunPath {
 		fd, err := unix.Open(path, unix.O_PATH|unix.O_CLOEXEC, 0)

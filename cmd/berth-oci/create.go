@@ -91,6 +91,11 @@ func (a *app) launch(ctx context.Context, name string, l *launch) (err error) {
 	if err := l.connect.check(b.spec.Process.Terminal, l.detach); err != nil {
 		return err
 	}
+	if again, err := needsUserNamespace(b.spec); err != nil {
+		return err
+	} else if again {
+		return a.inUserNamespace(b.spec, l.preserveFDs)
+	}
 	if err := l.connect.open(); err != nil {
 		return err
 	}
@@ -204,7 +209,7 @@ func (m *making) create(ctx context.Context, u *undo.Stack, env []string) (err e
 	noCgroup := m.isRootless() && s.Linux != nil && s.Linux.CgroupsPath == ""
 	complete(s, m.name, m.bundle.dir, m.systemd, noCgroup)
 	s.Process.Env = append(s.Process.Env, env...)
-	setHome(s.Process, s.Root.Path)
+	setEnv(s.Process, s.Root.Path)
 	m.rec = state.Record{
 		OCIVersion: s.Version, Rootfs: s.Root.Path, Created: time.Now().UTC(), Annotations: s.Annotations,
 		OwnPIDs: ownPIDs(s), NoCgroup: noCgroup, Systemd: m.systemd, KeepKeyring: m.noNewKeyring,
@@ -227,6 +232,9 @@ func (m *making) create(ctx context.Context, u *undo.Stack, env []string) (err e
 		return err
 	}
 	m.log.Debug("create", "container", m.name, "bundle", m.bundle.dir)
+	if inside() {
+		s = withoutUserNamespace(s)
+	}
 	c, err := m.rt.Create(ctx, oci.CreateRequest{ID: id.Container(m.name), Bundle: m.bundle.dir, Spec: s})
 	if err != nil {
 		return err

@@ -101,7 +101,7 @@ func (a *app) exec(ctx context.Context, name string, args []string, x *further) 
 	if err != nil {
 		return err
 	}
-	setHome(p, fmt.Sprintf("/proc/%d/root", r.Saved.Pid))
+	setEnv(p, fmt.Sprintf("/proc/%d/root", r.Saved.Pid))
 	if err := x.connect.check(p.Terminal, x.detach); err != nil {
 		return err
 	}

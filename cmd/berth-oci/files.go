@@ -26,7 +26,7 @@ func givenFiles() int {
 // the sockets; the program is pid 1.
 func (a *app) passedFiles(n int) (files []*os.File, env []string, err error) {
 	listen := 0
-	if pid, err := strconv.Atoi(os.Getenv("LISTEN_PID")); err == nil && pid == os.Getpid() {
+	if pid, err := strconv.Atoi(os.Getenv("LISTEN_PID")); err == nil && (pid == os.Getpid() || inside() && pid == os.Getppid()) {
 		listen, _ = strconv.Atoi(os.Getenv("LISTEN_FDS")) // 0 if it is no number
 	}
 	if listen > 0 {

@@ -52,7 +52,7 @@ func TestMain(m *testing.M) {
 	}())
 }
 
-const cgroupRoot = "/berth-oci-test"
+var cgroupRoot = fmt.Sprintf("/berth-oci-test-%d", os.Getpid())
 
 var serial atomic.Int64
 

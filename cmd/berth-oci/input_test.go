@@ -34,9 +34,7 @@ func TestBadInputLeavesNothing(t *testing.T) {
 		"relative cwd":     {func(s *specs.Spec) { s.Process.Cwd = "tmp" }, "process.cwd"},
 		"no process":       {func(s *specs.Spec) { s.Process = nil }, "process"},
 		"no args":          {func(s *specs.Spec) { s.Process.Args = nil }, "process.args"},
-		"unknown capability": {func(s *specs.Spec) { s.Process.Capabilities.Bounding = []string{"CAP_NOPE"} },
-			"process.capabilities"},
-		"unknown rlimit": {func(s *specs.Spec) { s.Process.Rlimits[0].Type = "RLIMIT_NOPE" }, "process.rlimits"},
+		"unknown rlimit":   {func(s *specs.Spec) { s.Process.Rlimits[0].Type = "RLIMIT_NOPE" }, "process.rlimits"},
 		"namespace path that is none": {func(s *specs.Spec) { s.Linux.Namespaces[1].Path = "/etc/passwd" },
 			"linux.namespaces"},
 		"namespace of another type": {func(s *specs.Spec) { s.Linux.Namespaces[1].Path = "/proc/self/ns/uts" },
@@ -44,8 +42,8 @@ func TestBadInputLeavesNothing(t *testing.T) {
 		"unknown namespace": {func(s *specs.Spec) { s.Linux.Namespaces[1].Type = "nope" }, "linux.namespaces"},
 		"missing bind source": {func(s *specs.Spec) {
 			s.Mounts = append(s.Mounts, specs.Mount{Destination: "/x", Type: "bind", Source: "/nosuch", Options: []string{"bind"}})
-		}, `mount "/x": source`},
-		"unknown mount option": {func(s *specs.Spec) { s.Mounts[1].Options = []string{"nosuch"} }, `mount "/dev"`},
+		}, `mounts[7] "/x": source`},
+		"unknown mount option": {func(s *specs.Spec) { s.Mounts[1].Options = []string{"nosuch"} }, `mounts[1] "/dev"`},
 		"sysctl of the host":   {func(s *specs.Spec) { s.Linux.Sysctl = map[string]string{"kernel.panic": "1"} }, "linux.sysctl"},
 		"cgroup with dots":     {func(s *specs.Spec) { s.Linux.CgroupsPath = "/a/../../b" }, "linux.cgroupsPath"},
 	} {

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -160,18 +159,10 @@ func parseSignal(s string) (unix.Signal, error) {
 	return 0, fmt.Errorf("unknown signal %q: want a name such as TERM, or a number up to 64", s)
 }
 
-// ending are the signals that are sent to end a program.
-var ending = []unix.Signal{unix.SIGHUP, unix.SIGINT, unix.SIGQUIT, unix.SIGABRT, unix.SIGTERM}
-
 func (a *app) kill(name string, sig unix.Signal, all bool) error {
 	d, r, status, err := a.opened(name)
 	if err != nil {
 		return err
-	}
-	// The process at the gate is pid 1, which signals that it does not handle do not
-	// reach; the program that would handle them does not run yet.
-	if status == state.Created && slices.Contains(ending, sig) {
-		sig = unix.SIGKILL
 	}
 	// SIGKILL ends a PID namespace with its first process, except where that is
 	// shared with others; and a process that cgroup v1 has frozen not at all.

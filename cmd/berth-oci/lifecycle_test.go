@@ -70,6 +70,14 @@ func TestDeleteOfACreatedContainerNeedsNoForce(t *testing.T) {
 	b.nothingLeft()
 }
 
+// A second container in the cgroup of the first would take it along when it is deleted.
+func TestACgroupInUseIsRefused(t *testing.T) {
+	b, id := sleeper(t)
+	b.do("run", "-d", "second").exits(1).says("linux.cgroupsPath", "container's cgroup is not empty")
+	b.do("delete", "--force", "second").ok()
+	b.status(id, "running")
+}
+
 func TestKillEndsACreatedContainer(t *testing.T) {
 	b := newBench(t, "sleep")
 	id := b.id()
@@ -79,6 +87,19 @@ func TestKillEndsACreatedContainer(t *testing.T) {
 	b.do("kill", id).ok()
 	b.eventually("stopped", func() bool { return b.state(id).Status == "stopped" })
 	b.do("delete", id).ok()
+
+	// Not by the command either: whoever was given the pidfd or the pid may send it.
+	for _, sig := range []unix.Signal{unix.SIGTERM, unix.SIGHUP} {
+		id = b.id()
+		b.do("create", id).ok()
+		pid := b.state(id).Pid
+		if err := unix.Kill(pid, sig); err != nil {
+			t.Fatal(err)
+		}
+		b.eventually("stopped", func() bool { return b.state(id).Status == "stopped" })
+		b.do("start", id).exits(1).says("cannot start a container that has stopped")
+		b.do("delete", id).ok()
+	}
 }
 
 func TestRunEndsWithTheProgramsCode(t *testing.T) {

@@ -64,6 +64,12 @@ func TestBadFiles(t *testing.T) {
 		{"two of a family", "[network]\nsubnets = [\"10.0.0.0/8\", \"10.1.0.0/16\"]", "2 IPv4"},
 		{"address", "metrics_address = \"9100\"", "host:port"},
 		{"long socket", "socket = \"/" + strings.Repeat("s", 200) + "\"", "at most 107"},
+		{"runtime without a path", "[runtimes.runc]\nargs = []", "runtimes.runc.path: missing"},
+		{"runtime by name", "[runtimes.runc]\npath = \"runc\"", `runtimes.runc.path: "runc" is not an absolute path`},
+		{"runtime's name", "[runtimes.Run_C]\npath = \"/a\"", "no handler name"},
+		{"runtime of ours", "[runtimes.berth]\npath = \"/a\"", "built-in runtime"},
+		{"typo in a runtime", "[runtimes.runc]\npaht = \"/a\"", `unknown key "runtimes.runc.paht"; did you mean "runtimes.runc.path"?`},
+		{"runtime's time", "[runtimes.runc]\npath = \"/a\"\ntimeout = \"-1s\"", "runtimes.runc.timeout: -1s is negative"},
 		{"duration", "[streaming]\nidle_timeout = \"soon\"", ":2:"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
@@ -105,5 +111,36 @@ func TestDistance(t *testing.T) {
 		if got := distance(tt.a, tt.b); got != tt.want {
 			t.Errorf("%q %q: %d, want %d", tt.a, tt.b, got, tt.want)
 		}
+	}
+}
+
+func TestRuntimes(t *testing.T) {
+	file := write(t, "[runtimes.runc]\npath = \"/usr/sbin/runc\"\n[runtimes.crun]\npath = \"/usr/bin/crun\"\nargs = [\"--cgroup-manager=cgroupfs\"]\ntimeout = \"1m\"\n")
+	l, err := Load(file, false, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if c := l.Runtimes["crun"]; c.Path != "/usr/bin/crun" || len(c.Args) != 1 || c.Timeout.Duration != time.Minute {
+		t.Errorf("got %+v", c)
+	}
+	var b bytes.Buffer
+	if err := l.Write(&b); err != nil {
+		t.Fatal(err)
+	}
+	for _, want := range []string{"\n[runtimes.crun]\npath = '/usr/bin/crun'", "\n[runtimes.runc]\npath = '/usr/sbin/runc'"} {
+		if !strings.Contains(b.String(), want) {
+			t.Errorf("no %q in\n%s", want, &b)
+		}
+	}
+	// What is printed can be read.
+	again, err := Load(write(t, b.String()), false, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if c := again.Runtimes["crun"]; c.Timeout.Duration != time.Minute || again.Runtimes["runc"].Path != "/usr/sbin/runc" {
+		t.Errorf("read again: %+v", again.Runtimes)
+	}
+	if got := l.Map()["runtimes.runc.path"]; got != "/usr/sbin/runc" {
+		t.Errorf("in the status: %v", got)
 	}
 }

@@ -165,7 +165,11 @@ func NewEmptyFS() (_ *os.File, err error) {
 			return nil, fmt.Errorf("mkdir: %w", err)
 		}
 	}
-	if err := unix.Mknodat(fd, EmptyNull, unix.S_IFCHR|0o666, int(unix.Mkdev(1, 3))); err != nil {
+	err = unix.Mknodat(fd, EmptyNull, unix.S_IFCHR|0o666, int(unix.Mkdev(1, 3)))
+	if err == unix.EPERM { // in a user namespace: an empty file that cannot be written hides as much
+		err = unix.Mknodat(fd, EmptyNull, unix.S_IFREG|0o444, 0)
+	}
+	if err != nil {
 		return nil, fmt.Errorf("mknod null: %w", err)
 	}
 	// The superblock too is made read-only: containers share it.

@@ -176,7 +176,7 @@ func memoryPolicy(p *specs.LinuxMemoryPolicy) (mode int, mask []byte, maxNode in
 		if mode != unix.MPOL_DEFAULT && flags&placed != 0 {
 			return 0, nil, 0, invalid("linux.memoryPolicy.flags: %s without nodes takes no flag about nodes", p.Mode)
 		}
-		return mode | flags, nil, 0, nil
+		return mode | flags, nil, 1, nil
 	}
 	if mask, err = bitList("linux.memoryPolicy.nodes", p.Nodes, maxNodes); err != nil {
 		return 0, nil, 0, err

@@ -51,6 +51,8 @@ func ownCaps() (capSets, error) {
 			to = &c.bounding
 		case "CapPrm":
 			to = &c.permitted
+		case "CapEff":
+			to = &c.effective
 		default:
 			continue
 		}
@@ -80,8 +82,9 @@ func capsOf(l *specs.LinuxCapabilities, own capSets) (c capSets, warnings []stri
 	} {
 		for _, n := range s.in {
 			i, ok := capNumbers[n]
-			if !ok {
-				return c, nil, invalid("process.capabilities.%s: %q is unknown", s.name, n)
+			if !ok { // runtime-spec: a warning, no failure
+				warnings = append(warnings, fmt.Sprintf("process.capabilities.%s: ignoring unknown capability %q", s.name, n))
+				continue
 			}
 			*s.to |= 1 << i
 		}
@@ -93,7 +96,7 @@ func capsOf(l *specs.LinuxCapabilities, own capSets) (c capSets, warnings []stri
 		return c, nil, invalid("process.capabilities.effective: not within permitted: %s", capList(x))
 	}
 	if x := c.ambient &^ (c.permitted & c.inheritable); x != 0 {
-		warnings = append(warnings, "process.capabilities.ambient: not within permitted and inheritable, left out: "+capList(x))
+		warnings = append(warnings, "process.capabilities.ambient: can't raise ambient capability "+capList(x)+": not within permitted and inheritable")
 		c.ambient &^= x
 	}
 	if lost != 0 {

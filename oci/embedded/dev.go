@@ -24,12 +24,17 @@ var devLinks = [][2]string{
 	{"stderr", "/proc/self/fd/2"}, {"ptmx", "pts/ptmx"},
 }
 
-// fillDev populates a detached tmpfs that will be /dev.
-func (a *assembly) fillDev(dev *os.File) error {
-	a.dev = dev
-	fd := int(dev.Fd())
+// fillDev populates the detached tmpfs of p, which will be /dev.
+func (a *assembly) fillDev(p *prepared) error {
+	a.dev = p.file
+	dev, fd := p.file, int(p.file.Fd())
 	for _, d := range defaultDevices {
-		if err := unix.Mknodat(fd, d.name, unix.S_IFCHR|0o666, int(unix.Mkdev(d.major, d.minor))); err != nil {
+		rdev := unix.Mkdev(d.major, d.minor)
+		err := unix.Mknodat(fd, d.name, unix.S_IFCHR|0o666, int(rdev))
+		if err == unix.EPERM && a.rt.nested {
+			err = a.bindDevice(p, d.name, "/dev/"+d.name, unix.S_IFCHR, rdev)
+		}
+		if err != nil {
 			return fmt.Errorf("device %s: %w", d.name, err)
 		}
 	}
@@ -44,11 +49,50 @@ func (a *assembly) fillDev(dev *os.File) error {
 		if !ok {
 			continue
 		}
-		if err := makeDevice(dev, rel, d, a.plan.maps); err != nil {
+		err := makeDevice(dev, rel, d, a.plan.maps)
+		if errors.Is(err, unix.EPERM) && a.rt.nested {
+			if hasDefault(rel) {
+				continue // bound already
+			}
+			err = a.bindDevice(p, rel, d.Path, 0, unix.Mkdev(uint32(d.Major), uint32(d.Minor)))
+		}
+		if err != nil {
 			return fmt.Errorf("linux.devices %q: %w", d.Path, err)
 		}
 	}
 	return nil
+}
+
+func hasDefault(name string) bool {
+	for _, d := range defaultDevices {
+		if d.name == name {
+			return true
+		}
+	}
+	return false
+}
+
+// bindDevice puts the host's node at path on an empty file: in a user namespace
+// no device may be made. kind 0 is any.
+func (a *assembly) bindDevice(p *prepared, name, path string, kind uint32, rdev uint64) error {
+	t, err := kernel.CloneTree(unix.AT_FDCWD, path, false)
+	if err != nil {
+		return err
+	}
+	a.use(t)
+	var st unix.Stat_t
+	if err := unix.Fstat(int(t.Fd()), &st); err != nil {
+		return err
+	}
+	if k := st.Mode & unix.S_IFMT; st.Rdev != rdev || k != unix.S_IFCHR && k != unix.S_IFBLK || kind != 0 && k != kind {
+		return invalid("%s of the host is another device", path)
+	}
+	at, err := kernel.MakeInRoot(p.file, name, false)
+	if err != nil {
+		return err
+	}
+	p.parts = append(p.parts, part{name, t})
+	return at.Close()
 }
 
 // makeDevice makes a node below root by the parent's descriptor. An owner that

@@ -37,7 +37,6 @@ func (c *Container) join(s *script) {
 	s.do("join user namespace", unix.SYS_SETNS, s.fd(c.userNS), unix.CLONE_NEWUSER)
 	if c.plan.ns[specs.PIDNamespace].mode == nsNew {
 		s.forkInside(unix.CLONE_NEWPID)
-		s.do("setsid", unix.SYS_SETSID) // the new process leads no session yet, and could have no terminal
 	}
 	// A copy of the mount namespace that belongs to the user namespace: the kernel
 	// locks what was mounted and how, so that the container's root, whatever its
@@ -75,8 +74,11 @@ func (c *Container) enterRoot(s *script) {
 // directory is the container's root.
 func (c *Container) mountProc(s *script) {
 	for _, m := range c.procs {
-		name := fmt.Sprintf("mount %q: ", m.dest)
+		name := fmt.Sprintf("%s %q: ", m.field, m.dest)
 		f := s.do(name+"fsopen", unix.SYS_FSOPEN, "proc", unix.FSOPEN_CLOEXEC).out()
+		if m.source != "" { // what the table of mounts shows
+			s.do(name+"source", unix.SYS_FSCONFIG, f, unix.FSCONFIG_SET_STRING, "source", m.source, 0)
+		}
 		for _, o := range m.opts {
 			if o.Flag {
 				s.do(name+o.Key, unix.SYS_FSCONFIG, f, unix.FSCONFIG_SET_FLAG, o.Key, 0, 0)
@@ -88,13 +90,13 @@ func (c *Container) mountProc(s *script) {
 		proc := s.do(name+"fsmount", unix.SYS_FSMOUNT, f, unix.FSMOUNT_CLOEXEC, int(m.attr.Attr_set|m.rattr.Attr_set)).out()
 		if c.userNS != nil {
 			// What Create opened is in the namespace that was copied from.
-			at := s.do(name+"open", unix.SYS_OPENAT2, atCwd, m.dest, bytesOf(realDir), unix.SizeofOpenHow).out()
+			at := s.openat2(name+"open", m.dest, realDir)
 			s.do(name+"move_mount", unix.SYS_MOVE_MOUNT, proc, "", at, "", unix.MOVE_MOUNT_F_EMPTY_PATH|unix.MOVE_MOUNT_T_EMPTY_PATH)
 		} else {
 			s.do(name+"move_mount", unix.SYS_MOVE_MOUNT, proc, "", s.fd(m.at), "", unix.MOVE_MOUNT_F_EMPTY_PATH|unix.MOVE_MOUNT_T_EMPTY_PATH)
 		}
 		for _, b := range m.binds {
-			s.do(fmt.Sprintf("mount %q: move_mount", path.Join(m.dest, b.rel)), unix.SYS_MOVE_MOUNT, s.fd(b.file), "", proc, b.rel, unix.MOVE_MOUNT_F_EMPTY_PATH)
+			s.do(fmt.Sprintf("%s %q: move_mount", b.field, path.Join(m.dest, b.rel)), unix.SYS_MOVE_MOUNT, s.fd(b.file), "", proc, b.rel, unix.MOVE_MOUNT_F_EMPTY_PATH)
 		}
 		for _, rel := range m.readonly {
 			name := fmt.Sprintf("linux.readonlyPaths %q: ", path.Join(m.dest, rel))
@@ -152,8 +154,15 @@ func (c *Container) enterRunning(s *script, pidfd *os.File, pid int) (root *os.F
 			flags |= k.kind.CloneFlag()
 		}
 	}
+	if c.rt.plain && c.plan.ns[specs.PIDNamespace].mode != nsHost {
+		// Only in one step with the user namespace, and so not by the forking thread.
+		flags |= unix.CLONE_NEWPID
+	}
 	if flags != 0 {
 		s.do("join namespaces", unix.SYS_SETNS, s.fd(pidfd), flags)
+	}
+	if flags&unix.CLONE_NEWPID != 0 {
+		s.forkInside(0)
 	}
 	if c.plan.ownMounts() || c.podInit {
 		return nil, nil

@@ -61,27 +61,24 @@ func (c *Container) Exec(ctx context.Context, p *specs.Process, io oci.Stdio) (_
 		return oci.Process{}, err
 	}
 	// A listener of the container's filter is asked about execs as well.
-	wait, gate, in := (*os.File)(nil), (*os.File)(nil), childFD(-1)
-	if c.plan.filter != nil && c.plan.filter.Listener {
-		if wait, gate, err = os.Pipe(); err != nil {
-			return oci.Process{}, err
-		}
-		defer wait.Close()
-		defer gate.Close()
-		in = s.fd(wait)
+	agent, err := c.newAgentGate(s)
+	if err != nil {
+		return oci.Process{}, err
 	}
+	defer agent.close()
 	ch, err := c.spawnInside(s, c.init, c.pid, l, func() error {
+		c.session(s)
 		more, err := c.identity(s, p, p.Terminal)
 		warnings = append(warnings, more...)
 		if err == nil {
-			err = c.seal(s, p, in)
+			err = c.seal(s, p, agent.in)
 		}
 		s.exec(p)
 		return err
 	})
 	var proc oci.Process
 	if err == nil {
-		proc, err = c.followExec(ch, gate)
+		proc, err = c.followExec(ch, agent.release)
 	}
 	if err != nil {
 		if errors.Is(err, unix.ESRCH) {
@@ -92,6 +89,32 @@ func (c *Container) Exec(ctx context.Context, p *specs.Process, io oci.Stdio) (_
 	proc.Console = master
 	c.warn(warnings)
 	return proc, nil
+}
+
+// agentGate is what a process with a listener in its filter waits at until the
+// listener has been handed out.
+type agentGate struct {
+	in            childFD
+	wait, release *os.File
+}
+
+// newAgentGate makes the gate for a script where the container's filter wants one.
+func (c *Container) newAgentGate(s *script) (g agentGate, err error) {
+	g.in = -1
+	if c.plan.filter == nil || !c.plan.filter.Listener {
+		return g, nil
+	}
+	if g.wait, g.release, err = os.Pipe(); err == nil {
+		g.in = s.fd(g.wait)
+	}
+	return g, err
+}
+
+func (g agentGate) close() {
+	if g.wait != nil {
+		g.wait.Close()
+		g.release.Close()
+	}
 }
 
 // spawnInside starts a script, begun by begin, in the namespaces of the
@@ -105,7 +128,7 @@ func (c *Container) spawnInside(s *script, pidfd *os.File, pid int, l launch, re
 	if root != nil {
 		defer root.Close()
 	}
-	if c.plan.ns[specs.PIDNamespace].mode != nsHost {
+	if c.plan.ns[specs.PIDNamespace].mode != nsHost && !c.rt.plain {
 		l.pidNS = pidfd
 	}
 	if err := rest(); err != nil {

@@ -190,3 +190,35 @@ func TestFilterCache(t *testing.T) {
 		}
 	}
 }
+
+// TestFilterOfHooks: a startContainer hook is a program of the container and
+// stands under its filter, the listener's too.
+func TestFilterOfHooks(t *testing.T) {
+	r := runtimeFor(t)
+	a := newAgent(t)
+	for _, x := range []struct {
+		action specs.LinuxSeccompAction
+		fails  bool
+	}{{specs.ActKillProcess, true}, {specs.ActNotify, false}} {
+		for _, priv := range []bool{true, false} {
+			c := newContainer(t, "stat:/tmp/x")
+			c.req.Spec.Process.NoNewPrivileges = priv
+			c.req.Spec.Linux.Seccomp = &specs.LinuxSeccomp{
+				DefaultAction: specs.ActAllow, Syscalls: []specs.LinuxSyscall{{Names: []string{"mkdir", "mkdirat"}, Action: x.action}},
+			}
+			c.req.Spec.Hooks = &specs.Hooks{StartContainer: []specs.Hook{{Path: "/bin/probe", Args: []string{"probe", "mkdir:/tmp/x"}}}}
+			if x.fails {
+				_, err := c.create(r).Start(context.Background(), oci.Stdio{})
+				if err == nil || !strings.Contains(err.Error(), "bad system call") {
+					t.Errorf("a hook past the filter: %v", err)
+				}
+				continue
+			}
+			c.req.Spec.Linux.Seccomp.ListenerPath = a.path
+			expect(t, c.output(r), map[string]string{"stat:/tmp/x": "error: no such file or directory"})
+			for range 2 { // the hook's filter and the program's
+				<-a.states
+			}
+		}
+	}
+}

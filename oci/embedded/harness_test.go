@@ -33,7 +33,7 @@ func TestMain(m *testing.M) {
 	os.Exit(m.Run())
 }
 
-const cgroupRoot = "/berth-embedded-test"
+var cgroupRoot = fmt.Sprintf("/berth-embedded-test-%d", os.Getpid())
 
 var serial atomic.Int64
 

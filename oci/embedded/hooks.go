@@ -158,7 +158,7 @@ func (s *script) execHook(h specs.Hook) {
 
 // runInside runs hooks in the namespaces of the container's first process, each
 // started by start with its stdio.
-func (c *Container) runInside(ctx context.Context, point string, hooks []specs.Hook, state []byte, start func(h specs.Hook, in, out *os.File) (*child, error)) error {
+func (c *Container) runInside(ctx context.Context, point string, hooks []specs.Hook, state []byte, start func(h specs.Hook, in, out *os.File) (oci.Process, error)) error {
 	for i, h := range hooks {
 		if err := c.runInsideOne(ctx, h, state, start); err != nil {
 			return fmt.Errorf("hooks.%s[%d] %q: %w", point, i, h.Path, err)
@@ -167,7 +167,7 @@ func (c *Container) runInside(ctx context.Context, point string, hooks []specs.H
 	return nil
 }
 
-func (c *Container) runInsideOne(ctx context.Context, h specs.Hook, state []byte, start func(h specs.Hook, in, out *os.File) (*child, error)) error {
+func (c *Container) runInsideOne(ctx context.Context, h specs.Hook, state []byte, start func(h specs.Hook, in, out *os.File) (oci.Process, error)) error {
 	ctx, cancel := hookTime(ctx, h)
 	defer cancel()
 	in, inW, err := os.Pipe()
@@ -179,13 +179,9 @@ func (c *Container) runInsideOne(ctx context.Context, h specs.Hook, state []byte
 		return errors.Join(err, in.Close(), inW.Close())
 	}
 	defer outR.Close()
-	ch, err := start(h, in, outW)
+	proc, err := start(h, in, outW)
 	if err := errors.Join(in.Close(), outW.Close()); err != nil {
 		return err
-	}
-	var proc oci.Process
-	if err == nil {
-		proc, err = ch.finish()
 	}
 	if err != nil {
 		// Its text alone: the failed call is not one of the container's own process.

@@ -46,9 +46,9 @@ func TestHooks(t *testing.T) {
 	r := runtimeFor(t)
 	for _, user := range []bool{false, true} {
 		t.Run(fmt.Sprint("user namespace ", user), func(t *testing.T) {
-			c := newContainer(t, "read:/etc/hooked", "fds:", "mounts:")
+			c := newContainer(t, "read:/etc/hooked", "fds:", "mounts:", "read:/tmp/env")
 			if user {
-				c = newUserContainer(t, "read:/etc/hooked", "fds:", "mounts:")
+				c = newUserContainer(t, "read:/etc/hooked", "fds:", "mounts:", "read:/tmp/env")
 			}
 			dir := c.bundle()
 			if err := errors.Join(os.Chmod(dir, 0o755), os.Chmod(filepath.Dir(dir), 0o755)); err != nil {
@@ -66,14 +66,15 @@ func TestHooks(t *testing.T) {
 				//lint:ignore SA1019 prestart is deprecated and still in use
 				Prestart:      []specs.Hook{hookScript(t, dir, "prestart", note+`echo "$0 $s $(readlink /proc/$p/ns/net) $(env | sort | tr '\n' ' ')" >>$log`)},
 				CreateRuntime: []specs.Hook{hookScript(t, dir, "createRuntime", note+`echo "$0 $(readlink /proc/self/ns/mnt) $(readlink /proc/$p/ns/mnt)" >>$log`)},
-				// In the container's namespaces, with the host's tree: it changes the root.
-				CreateContainer: []specs.Hook{hookScript(t, dir, "createContainer", note+`echo "$0 $(hostname) $(readlink /proc/self/ns/mnt)" >>$log; mount -t tmpfs hook `+dir+`/rootfs/etc && echo yes >`+dir+`/rootfs/etc/hooked`)},
-				StartContainer:  []specs.Hook{{Path: "/bin/probe", Args: []string{"probe", "write:/tmp/started", "id:"}}},
+				// In the container's namespaces, with the host's tree: it changes the root,
+				// which is its working directory.
+				CreateContainer: []specs.Hook{hookScript(t, dir, "createContainer", note+`echo "$0 $(hostname) $(readlink /proc/self/ns/mnt)" >>$log; mount -t tmpfs hook ./etc && echo yes >`+dir+`/rootfs/etc/hooked`)},
+				StartContainer:  []specs.Hook{{Path: "/bin/probe", Args: []string{"probe", "write:/tmp/started", "id:"}, Env: []string{"A=b"}}, {Path: "/bin/probe", Args: []string{"probe", "save:/tmp/env,PATH"}}},
 				Poststart:       []specs.Hook{hookScript(t, dir, "poststart", note+`echo "$0 $s" >>$log`)},
 				Poststop:        []specs.Hook{hookScript(t, dir, "poststop1", "exit 3"), hookScript(t, dir, "poststop2", note+`echo "$0 $s" >>$log`)},
 			}
 			out := c.output(r)
-			expect(t, out, map[string]string{"read:/etc/hooked": "yes|", "fds:": "0,1,2"})
+			expect(t, out, map[string]string{"read:/etc/hooked": "yes|", "fds:": "0,1,2", "read:/tmp/env": "/bin:/usr/bin"})
 			if strings.Contains(value(t, out, "mounts:"), dir) {
 				t.Errorf("a mount of the host is in the container: %s", value(t, out, "mounts:"))
 			}

@@ -112,7 +112,11 @@ func TestIdmappedReadOnly(t *testing.T) {
 	user := newShared(t, r)[0]
 	all := layers(t, 2)
 	for _, lowers := range [][]string{all[2:], all} {
-		m, err := openVolume(r.empty, oci.Volume{Lowers: lowers, SubPath: "etc", Idmap: true}, user)
+		empty, err := r.emptyNS()
+		if err != nil {
+			t.Fatal(err)
+		}
+		m, err := openVolume(empty, oci.Volume{Lowers: lowers, SubPath: "etc", Idmap: true}, user)
 		if err != nil {
 			t.Fatal(err)
 		}

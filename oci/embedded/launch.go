@@ -47,16 +47,6 @@ type message struct {
 	value int
 }
 
-// run starts a process with the script and returns when the script is done:
-// the user's program runs, or an error is reported and the process is reaped.
-func (r *Runtime) run(s *script, l launch) (oci.Process, error) {
-	c, err := r.spawn(s, l)
-	if err != nil {
-		return oci.Process{}, err
-	}
-	return c.finish()
-}
-
 // spawn starts a process with the script. The caller follows it with next.
 func (r *Runtime) spawn(s *script, l launch) (*child, error) {
 	s.do("end of start program", unix.SYS_EXIT_GROUP, 126)

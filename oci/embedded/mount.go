@@ -61,9 +61,10 @@ var superFlags = []string{"sync", "dirsync", "lazytime", "silent", "iversion"}
 var superOff = []string{"async", "nolazytime", "nomand", "mand", "loud", "noiversion"}
 
 func parseMount(field string, m specs.Mount) (mount, error) {
-	out := mount{field: field, dest: path.Clean(m.Destination), fstype: m.Type, source: m.Source}
-	if !path.IsAbs(m.Destination) || out.dest == "/" || strings.ContainsRune(m.Destination, 0) {
-		return out, invalid("%s.destination %q: want an absolute path other than \"/\"", field, m.Destination)
+	out := mount{field: field, fstype: m.Type, source: m.Source}
+	// A relative destination is deprecated and starts at "/" (runtime-spec, "Mounts").
+	if out.dest = path.Join("/", m.Destination); out.dest == "/" || strings.ContainsRune(m.Destination, 0) {
+		return out, invalid("%s.destination %q: want a path other than \"/\"", field, m.Destination)
 	}
 	for _, o := range m.Options {
 		if err := out.option(o); err != nil {
@@ -85,8 +86,8 @@ func parseMount(field string, m specs.Mount) (mount, error) {
 	if out.fstype == "" || out.fstype == "none" {
 		return out, invalid("%s.type: missing", field)
 	}
-	if out.fstype == "bind" && !path.IsAbs(out.source) && !strings.HasPrefix(out.source, fdSource) && !strings.HasPrefix(out.source, imageSource) {
-		return out, invalid("%s.source %q: want an absolute path", field, m.Source)
+	if out.fstype == "bind" && out.source == "" {
+		return out, invalid("%s.source: missing", field)
 	}
 	if out.fstype == "bind" && len(out.opts) > 0 {
 		// A bind has no filesystem options: containerd and the kubelet pass none.

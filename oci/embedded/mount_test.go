@@ -100,7 +100,7 @@ func TestReadonlyRoot(t *testing.T) {
 	c = newContainer(t)
 	c.req.Rootfs.Upper, c.req.Rootfs.Work = "", ""
 	c.req.Spec.Mounts = append(c.req.Spec.Mounts, specs.Mount{Destination: "/new/dir", Type: "tmpfs", Source: "tmpfs"})
-	if _, err := r.Create(context.Background(), c.req); !errors.Is(err, unix.EROFS) || !strings.Contains(err.Error(), `mount "/new/dir"`) {
+	if _, err := r.Create(context.Background(), c.req); !errors.Is(err, unix.EROFS) || !strings.Contains(err.Error(), `] "/new/dir"`) {
 		t.Errorf("create: %v", err)
 	}
 }
@@ -184,7 +184,7 @@ func TestProcMustBeReal(t *testing.T) {
 			t.Fatal(err)
 		}
 		_, err := r.Create(context.Background(), c.req)
-		if !errors.Is(err, errdefs.ErrInvalidArgument) || !strings.Contains(err.Error(), `mount "/`+name+`"`) {
+		if !errors.Is(err, errdefs.ErrInvalidArgument) || !strings.Contains(err.Error(), `] "/`+name+`"`) {
 			t.Errorf("/%s as symlink: %v", name, err)
 		}
 	}
@@ -297,5 +297,50 @@ func TestBundleRoot(t *testing.T) {
 	expect(t, c.output(r), map[string]string{"write:/etc/new": "ok"})
 	if _, err := os.Stat(dir + "/etc/new"); err != nil {
 		t.Error(err)
+	}
+}
+
+// TestRelativeMounts: a source is relative to the bundle, a destination to "/"
+// (runtime-spec, "Mounts").
+func TestRelativeMounts(t *testing.T) {
+	r := runtimeFor(t)
+	c := newContainer(t, "read:/data/file", "read:/tmp/below/file")
+	dir := c.bundle()
+	write(t, dir+"/src/file", "content")
+	c.req.Spec.Mounts = append(c.req.Spec.Mounts, bind("/data", "src"), bind("tmp/below", "./src/"))
+	expect(t, c.output(r), map[string]string{"read:/data/file": "content", "read:/tmp/below/file": "content"})
+	c.req.Bundle = ""
+	_, err := r.Create(context.Background(), c.req)
+	refused(t, err, "mounts[7].source")
+}
+
+// TestTmpfsMode: without a mode it is that of the directory below; the table of
+// mounts shows it, and the source.
+func TestTmpfsMode(t *testing.T) {
+	r := runtimeFor(t)
+	c := newContainer(t, "stat:/data", "stat:/given", "stat:/made/up", "read:/proc/self/mounts")
+	lower := c.req.Rootfs.Lowers[0]
+	if err := os.Chmod(lower+"/data", 0o2710|os.ModeSetgid); err != nil {
+		t.Fatal(err)
+	}
+	for dest, options := range map[string][]string{"/data": nil, "/given": {"mode=1500"}, "/made/up": nil} {
+		c.req.Spec.Mounts = append(c.req.Spec.Mounts, specs.Mount{Destination: dest, Type: "tmpfs", Source: "store", Options: options})
+	}
+	out := c.output(r)
+	expect(t, out, map[string]string{"stat:/data": "42710 0:0 0", "stat:/given": "41500 0:0 0", "stat:/made/up": "41777 0:0 0"})
+	mounts := value(t, out, "read:/proc/self/mounts")
+	for _, want := range []string{"store /data tmpfs rw,relatime,mode=2710", "proc /proc proc ", "tmpfs /dev tmpfs ", "sysfs /sys sysfs "} {
+		if !strings.Contains(mounts, want) {
+			t.Errorf("no %q in %s", want, mounts)
+		}
+	}
+}
+
+func TestMaskOnce(t *testing.T) {
+	r := runtimeFor(t)
+	c := newContainer(t, "mounts:")
+	c.req.Spec.Linux.MaskedPaths = []string{"/data", "/data/", "/data"}
+	if at := value(t, c.output(r), "mounts:"); strings.Count(at, "/data") != 1 {
+		t.Errorf("mounts at %s", at)
 	}
 }

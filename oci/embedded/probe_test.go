@@ -2,10 +2,12 @@ package embedded
 
 import (
 	"fmt"
+	"net"
 	"os"
 	"strconv"
 	"strings"
 	"time"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 )
@@ -89,6 +91,9 @@ func act(verb, x string) string {
 		return text(d, err)
 	case "pid":
 		return strconv.Itoa(os.Getpid())
+	case "save": // file,variable
+		f := strings.Split(x, ",")
+		return text("ok", os.WriteFile(f[0], []byte(os.Getenv(f[1])), 0o644))
 	case "env":
 		return os.Getenv(x)
 	case "umask":
@@ -118,6 +123,40 @@ func act(verb, x string) string {
 		var ts unix.Timespec
 		err := unix.ClockGettime(int32(n), &ts)
 		return text(strconv.FormatInt(ts.Sec, 10), err)
+	case "personality":
+		r, _, _ := unix.RawSyscall(unix.SYS_PERSONALITY, 0xffffffff, 0, 0)
+		return fmt.Sprintf("%#x", r)
+	case "policy": // of memory: mode, nodes
+		var mode int32
+		var mask [16]uint64
+		_, _, e := unix.RawSyscall6(unix.SYS_GET_MEMPOLICY, uintptr(unsafe.Pointer(&mode)), uintptr(unsafe.Pointer(&mask)), 1024, 0, 0, 0)
+		if e != 0 {
+			return e.Error()
+		}
+		return fmt.Sprintf("%d %d", mode, mask[0])
+	case "sched": // policy, nice
+		a, err := unix.SchedGetAttr(0, 0)
+		if err != nil {
+			return err.Error()
+		}
+		return fmt.Sprintf("%d %d", a.Policy, a.Nice)
+	case "ioprio":
+		r, _, _ := unix.RawSyscall(unix.SYS_IOPRIO_GET, 1, 0, 0)
+		return fmt.Sprintf("%d %d", r>>13, r&0x1fff)
+	case "links": // network devices with their addresses
+		all, err := net.Interfaces()
+		var out []string
+		for _, i := range all {
+			s := i.Name
+			addrs, _ := i.Addrs()
+			for _, a := range addrs {
+				if p, ok := a.(*net.IPNet); ok && p.IP.IsGlobalUnicast() {
+					s += "=" + a.String()
+				}
+			}
+			out = append(out, s)
+		}
+		return text(strings.Join(out, ","), err)
 	case "socket":
 		n, _ := strconv.Atoi(x)
 		fd, err := unix.Socket(n, unix.SOCK_DGRAM, 0)

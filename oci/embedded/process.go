@@ -1,6 +1,7 @@
 package embedded
 
 import (
+	"bytes"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -17,9 +18,12 @@ import (
 
 const atCwd = unix.AT_FDCWD
 
+// allCPUs is the mask of sched_setaffinity(2) of every CPU.
+var allCPUs = [1024 / 8]byte(bytes.Repeat([]byte{0xff}, 1024/8))
+
 // begin appends what every child does first, while it still sees nothing of the
 // container: leave our cgroup, the settings that go through procfs or that need
-// the runtime's privileges, a session. With p nil it is a hook's.
+// the runtime's privileges. With p nil it is a hook's.
 func (c *Container) begin(s *script, p *specs.Process) (warnings []string, err error) {
 	// The program file is readable to nobody else; non-dumpable keeps a tracer in
 	// the container from the descriptors until execve (invariant I5).
@@ -37,6 +41,11 @@ func (c *Container) begin(s *script, p *specs.Process) (warnings []string, err e
 	}
 	if p == nil {
 		return nil, nil
+	}
+	if p.ExecCPUAffinity == nil {
+		// The CPUs that the caller was bound to are no limit of the container's: all
+		// that its cgroup has, of which the kernel keeps those that there are.
+		s.do("all CPUs", unix.SYS_SCHED_SETAFFINITY, 0, len(allCPUs), allCPUs[:]).ignore(unix.EPERM, unix.EINVAL)
 	}
 	if err := c.attributes(s, p); err != nil {
 		return nil, err
@@ -94,13 +103,18 @@ func (c *Container) begin(s *script, p *specs.Process) (warnings []string, err e
 			}
 		}
 	}
+	return warnings, nil
+}
+
+// session appends a session of the process's own, for which it must be the one
+// that runs the program, not a parent of that one.
+func (c *Container) session(s *script) {
 	s.do("setsid", unix.SYS_SETSID)
 	if !c.rt.keepKeyring {
 		// A session keyring of its own: the runtime's would be shared. No keyrings in
 		// the kernel, or none left in the quota, is no reason not to start.
 		s.do("keyctl", unix.SYS_KEYCTL, unix.KEYCTL_JOIN_SESSION_KEYRING, 0).ignoreAny()
 	}
-	return warnings, nil
 }
 
 // attributes appends the settings that are one system call each.
@@ -175,7 +189,7 @@ func apparmorLabel(profile string) string {
 // clampOOM limits a score to what we may set: without CAP_SYS_RESOURCE it can
 // only be raised.
 func (r *Runtime) clampOOM(want int) (int, []string, error) {
-	if r.caps.permitted&(1<<unix.CAP_SYS_RESOURCE) != 0 {
+	if r.mayRaise() {
 		return want, nil, nil
 	}
 	b, err := os.ReadFile("/proc/self/oom_score_adj")
@@ -190,6 +204,12 @@ func (r *Runtime) clampOOM(want int) (int, []string, error) {
 		return want, nil, nil
 	}
 	return own, []string{fmt.Sprintf("process.oomScoreAdj: %d can not be set without CAP_SYS_RESOURCE; %d kept", want, own)}, nil
+}
+
+// mayRaise tells whether limits may be raised: the capability counts in the first
+// user namespace alone.
+func (r *Runtime) mayRaise() bool {
+	return r.caps.permitted&(1<<unix.CAP_SYS_RESOURCE) != 0 && !r.nested
 }
 
 // identity appends everything between the container's root and execve. The
@@ -234,7 +254,7 @@ func (c *Container) identity(s *script, p *specs.Process, terminal bool) (warnin
 		groups = binary.LittleEndian.AppendUint32(groups, g)
 	}
 	setgroups := s.do("process.user.additionalGids", unix.SYS_SETGROUPS, len(p.User.AdditionalGids), groups)
-	if len(groups) == 0 && c.plan.user() {
+	if len(groups) == 0 && (c.plan.user() || c.rt.nested) {
 		setgroups.ignore(unix.EPERM) // a user namespace made without privileges allows no setgroups at all
 	}
 	g, u := int(p.User.GID), int(p.User.UID)
@@ -310,13 +330,13 @@ func (c *Container) cwd(s *script, dir string) {
 		Resolve: unix.RESOLVE_IN_ROOT | unix.RESOLVE_NO_MAGICLINKS,
 	}
 	name := fmt.Sprintf("process.cwd %q", path.Clean(dir))
-	f := s.do(name, unix.SYS_OPENAT2, atCwd, path.Clean(dir), bytesOf(how), unix.SizeofOpenHow).out()
+	f := s.openat2(name, path.Clean(dir), how)
 	s.do(name, unix.SYS_FCHDIR, f)
 }
 
 func (r *Runtime) clampRlimit(l specs.POSIXRlimit) (unix.Rlimit, []string, error) {
 	want := unix.Rlimit{Cur: l.Soft, Max: l.Hard}
-	if r.caps.permitted&(1<<unix.CAP_SYS_RESOURCE) != 0 {
+	if r.mayRaise() {
 		return want, nil, nil
 	}
 	var own unix.Rlimit

@@ -24,8 +24,13 @@ func (a *assembly) protect() error {
 			}
 		}
 	}
+	masked := map[string]bool{}
 	for _, p := range a.plan.spec.Linux.MaskedPaths {
-		inProc, err := a.protectInProc(path.Clean(p), true)
+		if p = path.Clean(p); masked[p] {
+			continue // one mask hides as well as two
+		}
+		masked[p] = true
+		inProc, err := a.protectInProc(p, true)
 		if err != nil {
 			return fmt.Errorf("linux.maskedPaths %q: %w", p, err)
 		}

@@ -6,8 +6,10 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
+	"strings"
 	"sync"
 
+	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
 
 	"github.com/berth-runtime/berth/internal/kernel"
@@ -31,7 +33,6 @@ type Runtime struct {
 	cgroups cgroup.Manager
 	log     *slog.Logger
 	proc    *os.File // a procfs of our own that nothing can be mounted over (invariant I2)
-	empty   *os.File // the empty mount namespace
 	pidNS   *os.File // our own
 	null    *os.File // /dev/null, verified
 	caps    capSets  // our own
@@ -39,6 +40,14 @@ type Runtime struct {
 	close   sync.Once
 
 	keepKeyring bool
+	// plain is a runtime without privileges: it enters user namespaces that belong
+	// to its user and makes nothing itself. nested is one in a user namespace, root
+	// there and nobody outside.
+	plain, nested bool
+
+	emptyOnce sync.Once
+	empty     *os.File // the empty mount namespace; see emptyNS
+	emptyErr  error
 }
 
 var _ oci.Runtime = (*Runtime)(nil)
@@ -60,24 +69,59 @@ func New(c Config) (_ *Runtime, err error) {
 			return nil, err
 		}
 	}
-	if err := unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0); err != nil {
-		return nil, fmt.Errorf("prctl PR_SET_DUMPABLE: %w", err)
+	if r.caps, err = ownCaps(); err != nil {
+		return nil, err
 	}
-	attrs := unix.MOUNT_ATTR_NOSUID | unix.MOUNT_ATTR_NODEV | unix.MOUNT_ATTR_NOEXEC
-	if r.proc, err = kernel.NewFS("proc", nil, attrs); err != nil {
-		return nil, fmt.Errorf("private procfs: %w", err)
+	r.plain = r.caps.effective&(1<<unix.CAP_SYS_ADMIN) == 0
+	r.nested = !r.plain && inUserNS()
+	if !r.plain {
+		if err := unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0); err != nil {
+			return nil, fmt.Errorf("prctl PR_SET_DUMPABLE: %w", err)
+		}
 	}
-	if r.empty, err = kernel.NewEmptyMountNS(); err != nil {
+	if r.proc, err = openProcFS(r.plain || r.nested); err != nil {
 		return nil, err
 	}
 	if r.pidNS, err = os.Open("/proc/self/ns/pid"); err != nil {
 		return nil, err
 	}
-	if r.caps, err = ownCaps(); err != nil {
-		return nil, err
-	}
 	r.null, err = openNull()
 	return r, err
+}
+
+// openProcFS makes a procfs of our own. Who may not is content with the one at
+// /proc, after a look at what it is.
+func openProcFS(unprivileged bool) (*os.File, error) {
+	attrs := unix.MOUNT_ATTR_NOSUID | unix.MOUNT_ATTR_NODEV | unix.MOUNT_ATTR_NOEXEC
+	f, err := kernel.NewFS("proc", nil, attrs)
+	if err == nil || !unprivileged {
+		return f, err
+	}
+	fd, err := unix.Open("/proc", unix.O_PATH|unix.O_DIRECTORY|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return nil, fmt.Errorf("/proc: %w", err)
+	}
+	f = os.NewFile(uintptr(fd), "/proc")
+	const procRoot = 1 // inode number of a procfs's root
+	var fs unix.Statfs_t
+	var st unix.Stat_t
+	if err := errors.Join(unix.Fstatfs(fd, &fs), unix.Fstat(fd, &st)); err != nil || fs.Type != unix.PROC_SUPER_MAGIC || st.Ino != procRoot {
+		f.Close()
+		return nil, errors.Join(errors.New("/proc: not a procfs"), err)
+	}
+	return f, nil
+}
+
+// inUserNS tells whether our ids are mapped: the first user namespace has all.
+func inUserNS() bool {
+	b, err := os.ReadFile("/proc/self/uid_map")
+	return err == nil && strings.Join(strings.Fields(string(b)), " ") != "0 0 4294967295"
+}
+
+// emptyNS is the empty mount namespace, made when it is first needed.
+func (r *Runtime) emptyNS() (*os.File, error) {
+	r.emptyOnce.Do(func() { r.empty, r.emptyErr = kernel.NewEmptyMountNS() })
+	return r.empty, r.emptyErr
 }
 
 // openNull opens /dev/null and checks that it is the null device (invariant I3).
@@ -103,6 +147,7 @@ func openNull() (*os.File, error) {
 func (r *Runtime) Close() error {
 	var err error
 	r.close.Do(func() {
+		r.emptyOnce.Do(func() { r.emptyErr = os.ErrClosed })
 		for _, f := range []*os.File{r.proc, r.empty, r.pidNS, r.null} {
 			if f != nil {
 				err = errors.Join(err, f.Close())
@@ -117,6 +162,9 @@ func (r *Runtime) Create(ctx context.Context, req oci.CreateRequest) (_ oci.Cont
 	if err := ctx.Err(); err != nil {
 		return nil, err
 	}
+	if r.plain {
+		return nil, fmt.Errorf("create container: without CAP_SYS_ADMIN: run as root, or in a user namespace (see RunInUserNS): %w", errdefs.ErrPermissionDenied)
+	}
 	p, err := r.plan(req)
 	if err != nil {
 		return nil, err
@@ -130,8 +178,12 @@ func (r *Runtime) Create(ctx context.Context, req oci.CreateRequest) (_ oci.Cont
 	}()
 	u.Push(c.closeFiles)
 	// The root's overlay and the cgroups are the two dear parts of a create (0.5
-	// ms each) and know nothing of each other.
+	// ms each) and know nothing of each other; nor does the empty mount namespace,
+	// the first time.
 	root := r.openRootAside(req, p)
+	if hasRoot(req) && p.ownMounts() && !p.hostTree() {
+		go r.emptyNS() // Close waits for it
+	}
 	u.Push(root.discard)
 	if p.cgroupPath != "" {
 		cg, warnings, err := r.cgroups.Create(p.cgroupPath, p.spec.Linux.Resources)

@@ -188,6 +188,14 @@ const (
 	maxMessage = 3
 )
 
+// openat2 appends the opening of a path below the working directory. The kernel
+// answers EAGAIN when a mount or rename anywhere on the machine came between the
+// steps of a path with "..".
+func (s *script) openat2(name, path string, how *unix.OpenHow) ref {
+	c := s.do(name, unix.SYS_OPENAT2, unix.AT_FDCWD, path, bytesOf(how), unix.SizeofOpenHow)
+	return c.ignore(unix.EAGAIN).skip(-1).out()
+}
+
 // message lays out a message; the op that is to fill its second word keeps its
 // result in value.
 func (s *script) message(kind int) (at uintptr, value ref) {
@@ -213,6 +221,34 @@ func (s *script) hold(f childFD) {
 func (s *script) wait(f childFD) {
 	n := s.do("wait", unix.SYS_READ, f, make([]byte, 8), 1).out()
 	s.test("wait: the runtime is gone", n, -1, 1, unix.ECANCELED)
+}
+
+// ending are the signals that are sent to end a program.
+var ending = []unix.Signal{unix.SIGHUP, unix.SIGINT, unix.SIGQUIT, unix.SIGABRT, unix.SIGTERM}
+
+// endAtGate appends a wait until f can be read in which one of the ending
+// signals ends the script with 128 and its number. The first process of a PID
+// namespace gets none that it does not handle, and the program that would runs
+// only later. spare is the number of a descriptor that is free.
+func (s *script) endAtGate(f, spare childFD) {
+	set := uint64(0)
+	for _, sig := range ending {
+		set |= 1 << (sig - 1)
+	}
+	mask := s.put(bytesOf(&set))
+	s.do("gate", unix.SYS_RT_SIGPROCMASK, 0, mask, 0, 8) // blocked, they are kept
+	fd := s.do("gate", unix.SYS_SIGNALFD4, -1, mask, 8, unix.SFD_CLOEXEC|unix.SFD_NONBLOCK).out()
+	s.do("gate", unix.SYS_DUP3, fd, spare, unix.O_CLOEXEC).ignore(unix.EINVAL) // EINVAL: it has that number
+	either := []unix.PollFd{{Fd: int32(f), Events: unix.POLLIN}, {Fd: int32(spare), Events: unix.POLLIN}}
+	s.do("gate", unix.SYS_PPOLL, append(bytesOf(&either[0]), bytesOf(&either[1])...), len(either), 0, 0, 0)
+	info := s.put(bytesOf(&unix.SignalfdSiginfo{})) // its first word is the signal
+	s.do("gate", unix.SYS_READ, spare, info, len(bytesOf(&unix.SignalfdSiginfo{}))).ignore(unix.EAGAIN).skip(2 * len(ending))
+	for _, sig := range ending {
+		s.test("gate", ref(info), 0xffffffff, int(sig), unix.EPERM).ignore(unix.EPERM).skip(1)
+		s.do("exit", unix.SYS_EXIT_GROUP, 128+int(sig))
+	}
+	none := uint64(0)
+	s.do("signal mask", unix.SYS_RT_SIGPROCMASK, 2, bytesOf(&none), 0, 8)
 }
 
 // forkInside appends a fork: the script goes on in the child, which has flags'

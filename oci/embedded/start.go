@@ -38,6 +38,10 @@ func (c *Container) first(ctx context.Context, io oci.Stdio, gate *Gate) (oci.Pr
 	if c.podInit && p == nil {
 		p = &specs.Process{Cwd: "/", NoNewPrivileges: true}
 	}
+	if p.ExecCPUAffinity != nil { // of further processes alone (runtime-spec, "Process")
+		own := *p
+		own.ExecCPUAffinity, p = nil, &own
+	}
 	f, err := c.compile(p, io, gate)
 	if err != nil {
 		return oci.Process{}, err
@@ -100,7 +104,11 @@ func (c *Container) compile(p *specs.Process, io oci.Stdio, gate *Gate) (_ *firs
 	f.early = len(c.plan.earlyHooks()) > 0 || h != nil && len(h.CreateContainer) > 0
 	f.held = gate != nil || h != nil && len(h.StartContainer) > 0
 	listener := c.plan.filter != nil && c.plan.filter.Listener
-	in := childFD(-1)
+	// What the process waits at comes first in its table: at the gate the rest is closed.
+	in, gateGo, gateStatus := childFD(-1), childFD(-1), childFD(-1)
+	if gate != nil {
+		gateGo, gateStatus = s.fd(gate.Go), s.fd(gate.Status)
+	}
 	if f.early || f.held || listener {
 		if f.wait, f.gate, err = os.Pipe(); err != nil {
 			return nil, err
@@ -111,6 +119,7 @@ func (c *Container) compile(p *specs.Process, io oci.Stdio, gate *Gate) (_ *firs
 		return nil, err
 	}
 	c.join(s)
+	c.session(s)
 	if c.plan.ns[specs.PIDNamespace].mode == nsNew && c.userNS == nil {
 		f.launch.clone = unix.CLONE_NEWPID
 	}
@@ -139,8 +148,10 @@ func (c *Container) compile(p *specs.Process, io oci.Stdio, gate *Gate) (_ *firs
 		at, _ := s.message(msgHold)
 		s.tell(at)
 		if gate != nil {
-			s.do("gate", unix.SYS_DUP3, s.fd(gate.Status), s.status(), unix.O_CLOEXEC)
-			in = s.fd(gate.Go)
+			s.do("gate", unix.SYS_DUP3, gateStatus, s.status(), unix.O_CLOEXEC)
+			s.do("gate", unix.SYS_CLOSE_RANGE, gateStatus, uintptr(0xffffffff), 0)
+			in = gateGo
+			s.endAtGate(in, gateStatus)
 			c.tail = Tail{First: len(s.ops), Arg0: p.Args[0]}
 		}
 		s.wait(in)
@@ -204,46 +215,68 @@ func (c *Container) runEarlyHooks(ctx context.Context, ch *child) error {
 	if err != nil {
 		return err
 	}
-	return c.runInside(ctx, "createContainer", h.CreateContainer, state, func(h specs.Hook, in, out *os.File) (*child, error) {
+	return c.runInside(ctx, "createContainer", h.CreateContainer, state, func(h specs.Hook, in, out *os.File) (oci.Process, error) {
 		s := newScript(nil)
 		if _, err := c.begin(s, nil); err != nil {
-			return nil, err
+			return oci.Process{}, err
 		}
-		return c.spawnInside(s, ch.PidFD, ch.Pid, launch{stdio: [3]*os.File{in, out, out}}, func() error {
+		hook, err := c.spawnInside(s, ch.PidFD, ch.Pid, launch{stdio: [3]*os.File{in, out, out}}, func() error {
+			// Where the root lies in the host's tree, as with runc: hooks name what they
+			// add to it from there. Before the ids: directories above may be closed to them.
+			s.do("chdir", unix.SYS_CHDIR, c.plan.spec.Root.Path)
 			if c.plan.user() {
 				s.do("setresgid", unix.SYS_SETRESGID, 0, 0, 0).ignore(unix.EINVAL)
 				s.do("setresuid", unix.SYS_SETRESUID, 0, 0, 0).ignore(unix.EINVAL)
 			}
-			s.do("chdir", unix.SYS_CHDIR, "/")
 			s.do("close_range", unix.SYS_CLOSE_RANGE, s.status(), uintptr(0xffffffff), unix.CLOSE_RANGE_CLOEXEC)
 			s.do("signal mask", unix.SYS_RT_SIGPROCMASK, 2, make([]byte, 8), 0, 8)
 			s.execHook(h)
 			return nil
 		})
+		if err != nil {
+			return oci.Process{}, err
+		}
+		return hook.finish()
 	})
 }
 
-// runStartHooks runs the startContainer hooks, as the container's user: they
-// are programs of the container.
+// runStartHooks runs the startContainer hooks, as the container's user and under
+// its filter: they are programs of the container.
 func (c *Container) runStartHooks(ctx context.Context, pidfd *os.File, pid int) error {
 	h := c.plan.spec.Hooks
 	if h == nil || len(h.StartContainer) == 0 {
 		return nil
 	}
-	return c.runInside(ctx, "startContainer", h.StartContainer, c.hookState(specs.StateCreated, pid), func(h specs.Hook, in, out *os.File) (*child, error) {
+	return c.runInside(ctx, "startContainer", h.StartContainer, c.hookState(specs.StateCreated, pid), func(h specs.Hook, in, out *os.File) (oci.Process, error) {
 		p := *c.plan.spec.Process
-		p.Terminal = false
+		p.Terminal, p.ExecCPUAffinity = false, nil
+		if h.Env == nil {
+			h.Env = p.Env
+		}
 		s := newScript(nil)
 		if _, err := c.begin(s, &p); err != nil {
-			return nil, err
+			return oci.Process{}, err
 		}
-		return c.spawnInside(s, pidfd, pid, launch{stdio: [3]*os.File{in, out, out}}, func() error {
+		agent, err := c.newAgentGate(s)
+		if err != nil {
+			return oci.Process{}, err
+		}
+		defer agent.close()
+		ch, err := c.spawnInside(s, pidfd, pid, launch{stdio: [3]*os.File{in, out, out}}, func() error {
+			c.session(s)
 			if _, err := c.identity(s, &p, false); err != nil {
+				return err
+			}
+			if err := c.seal(s, &p, agent.in); err != nil {
 				return err
 			}
 			s.execHook(h)
 			return nil
 		})
+		if err != nil {
+			return oci.Process{}, err
+		}
+		return c.followExec(ch, agent.release)
 	})
 }
 
@@ -299,7 +332,11 @@ func (c *Container) giveStdio(files [3]*os.File, user uint32, terminal bool) err
 		if !terminal && st.Mode&unix.S_IFMT != unix.S_IFIFO || st.Uid == uid {
 			continue
 		}
-		if err := unix.Fchown(int(f.Fd()), int(uid), -1); err != nil {
+		err := unix.Fchown(int(f.Fd()), int(uid), -1)
+		if c.rt.nested || c.rt.plain {
+			continue // the caller's files may belong to somebody without a name here
+		}
+		if err != nil {
 			return fmt.Errorf("stdio: chown: %w", err)
 		}
 	}

@@ -323,14 +323,11 @@ func TestCreateErrors(t *testing.T) {
 			s.Linux.Namespaces = append(s.Linux.Namespaces[:1], s.Linux.Namespaces[2:]...)
 			s.Linux.NetDevices = map[string]specs.LinuxNetDevice{"eth9": {}}
 		}},
-		{"missing source", `mount "/data": source "/no/such": open_tree: no such file`, nil, func(s *specs.Spec) {
+		{"missing source", `mounts[7] "/data": source "/no/such": open_tree: no such file`, nil, func(s *specs.Spec) {
 			s.Mounts = append(s.Mounts, specs.Mount{Destination: "/data", Type: "bind", Source: "/no/such"})
 		}},
 		{"bad memory limit", "linux.resources.cpu.quota", nil, func(s *specs.Spec) {
 			s.Linux.Resources.CPU = &specs.LinuxCPU{Quota: ptr(int64(7))}
-		}},
-		{"unknown capability", "process.capabilities.bounding", errdefs.ErrInvalidArgument, func(s *specs.Spec) {
-			s.Process.Capabilities.Bounding = []string{"CAP_X"}
 		}},
 		{"host sysctl", "linux.sysctl", errdefs.ErrInvalidArgument, func(s *specs.Spec) { s.Linux.Sysctl = map[string]string{"kernel.core_pattern": "x"} }},
 		{"sysctl path", "linux.sysctl", errdefs.ErrInvalidArgument, func(s *specs.Spec) { s.Linux.Sysctl = map[string]string{"net/../kernel/core_pattern": "x"} }},

@@ -14,6 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/berth-runtime/berth/oci"
+	"github.com/berth-runtime/berth/oci/embedded/cgroup"
 )
 
 // userNS gives the spec a user namespace of size ids from first on.
@@ -239,5 +240,33 @@ func TestTimeNamespace(t *testing.T) {
 				t.Error("the time namespace is the host's")
 			}
 		})
+	}
+}
+
+// TestCgroupOwnership: on cgroup v2 the container's root has the cgroup that it
+// sees mounted writable, without its limits.
+func TestCgroupOwnership(t *testing.T) {
+	r := runtimeFor(t)
+	host, err := cgroup.Detect()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if host.Unified == "" {
+		t.Skip("no cgroup v2 is mounted")
+	}
+	r.cgroups = &cgroup.Host{Unified: host.Unified}
+	for _, option := range []string{"rw", "ro"} {
+		c := newUserContainer(t, "stat:/sys/fs/cgroup/cgroup.procs", "stat:/sys/fs/cgroup/cgroup.max.depth", "mkdir:/sys/fs/cgroup/below")
+		c.req.Spec.Linux.Resources = nil
+		for i, m := range c.req.Spec.Mounts {
+			if m.Type == "cgroup" {
+				c.req.Spec.Mounts[i].Options = []string{"nosuid", "noexec", "nodev", option}
+			}
+		}
+		want := map[string]string{"stat:/sys/fs/cgroup/cgroup.procs": "100644 0:0 0", "stat:/sys/fs/cgroup/cgroup.max.depth": "100644 0:0 65534", "mkdir:/sys/fs/cgroup/below": "ok"}
+		if option == "ro" {
+			want["stat:/sys/fs/cgroup/cgroup.procs"], want["mkdir:/sys/fs/cgroup/below"] = "100644 0:0 65534", "error: mkdir /sys/fs/cgroup/below: read-only file system"
+		}
+		expect(t, c.output(r), want)
 	}
 }

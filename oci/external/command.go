@@ -37,7 +37,6 @@ var environment = []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin"}
 type call struct {
 	verb string
 	args []string
-	in   []byte // its stdin
 	// stdio are the container's streams, which the command hands on. With them
 	// nothing is captured: who inherits it would keep the pipe open.
 	stdio *oci.Stdio
@@ -84,14 +83,6 @@ func (r *Runtime) execute(ctx context.Context, ns *os.File, bundle string, c cal
 			}
 			defer outputs[i].close()
 			*to = outputs[i].w
-		}
-		if c.in != nil {
-			f, err := memfd(c.in)
-			if err != nil {
-				return nil, err
-			}
-			defer f.Close()
-			cmd.Stdin = f
 		}
 	}
 	if err := startIn(ns, cmd); err != nil {
@@ -188,12 +179,6 @@ func (e *commandError) Unwrap() error {
 	return errdefs.ErrUnknown
 }
 
-// missing tells whether a runtime says that it does not know the container.
-func missing(err error) bool {
-	var c *commandError
-	return errors.As(err, &c) && (strings.Contains(c.text, "does not exist") || strings.Contains(c.text, "No such file or directory"))
-}
-
 // lastError is the message of the last error in a log of JSON lines.
 func lastError(path string) string {
 	f, err := os.Open(path)
@@ -251,18 +236,4 @@ func (c *capture) close() {
 	_ = c.r.SetReadDeadline(time.Unix(1, 0))
 	<-c.done
 	_ = c.r.Close()
-}
-
-// memfd is a file in memory, at its start.
-func memfd(b []byte) (*os.File, error) {
-	fd, err := unix.MemfdCreate("stdin", unix.MFD_CLOEXEC)
-	if err != nil {
-		return nil, fmt.Errorf("memfd: %w", err)
-	}
-	f := os.NewFile(uintptr(fd), "stdin")
-	if _, err := f.WriteAt(b, 0); err != nil {
-		f.Close()
-		return nil, err
-	}
-	return f, nil
 }

@@ -217,8 +217,8 @@ func (c *Container) Exec(ctx context.Context, p *specs.Process, io oci.Stdio) (o
 	if err != nil {
 		return oci.Process{}, fmt.Errorf("process: %w", err)
 	}
-	file := filepath.Join(c.dir, "process-"+strconv.FormatUint(c.rt.serial.Add(1), 10))
-	if err := os.WriteFile(file, b, 0o600); err != nil {
+	file, err := c.writeFile("process", b)
+	if err != nil {
 		return oci.Process{}, err
 	}
 	defer os.Remove(file)
@@ -230,6 +230,12 @@ func (c *Container) Exec(ctx context.Context, p *specs.Process, io oci.Stdio) (o
 		return oci.Process{}, fmt.Errorf("exec in container: %w", err)
 	}
 	return got, nil
+}
+
+// writeFile writes a file for one command; calls may be concurrent.
+func (c *Container) writeFile(kind string, b []byte) (string, error) {
+	path := filepath.Join(c.dir, kind+"-"+strconv.FormatUint(c.rt.serial.Add(1), 10))
+	return path, os.WriteFile(path, b, 0o600)
 }
 
 // SignalFirst implements oci.Signaler.
@@ -297,7 +303,13 @@ func (c *Container) Update(r *specs.LinuxResources) error {
 		// Decoding over what is there leaves alone what the JSON does not name.
 		return json.Unmarshal(b, c.spec.Linux.Resources)
 	}
-	return c.run(context.Background(), call{verb: "update", args: []string{"--resources", "-", string(c.id)}, in: b})
+	// In a file: for "-" some runtimes open /dev/stdin, which not every host has.
+	file, err := c.writeFile("resources", b)
+	if err != nil {
+		return err
+	}
+	defer os.Remove(file)
+	return c.run(context.Background(), call{verb: "update", args: []string{"--resources", file, string(c.id)}})
 }
 
 // Pause implements oci.Container.
@@ -338,12 +350,20 @@ func (c *Container) Delete() error {
 func (c *Container) forget() error {
 	if c.made {
 		err := c.run(context.Background(), call{verb: "delete", args: []string{"--force", string(c.id)}})
-		if err != nil && !missing(err) {
+		if err != nil && c.rt.knows(c.id) {
 			return err
 		}
 		c.made = false
 	}
 	return c.rt.removeCgroup(c.cgroup)
+}
+
+// knows tells whether the runtime keeps state of a container. A runtime that
+// cannot be called, or says in its own words that there is no such container, must
+// not keep one from being removed that it never made.
+func (r *Runtime) knows(c id.Container) bool {
+	entries, err := os.ReadDir(r.stateDir())
+	return err != nil || slices.ContainsFunc(entries, func(e os.DirEntry) bool { return strings.Contains(e.Name(), string(c)) })
 }
 
 // removeCgroup removes what a runtime that failed half-way left of a cgroup.

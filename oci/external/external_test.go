@@ -48,7 +48,7 @@ func TestSuite(t *testing.T) {
 	for name := range peers {
 		t.Run(name, func(t *testing.T) {
 			c := needPeer(t, name)
-			ocitest.Run(t, func(t *testing.T) oci.Runtime {
+			open := func(t *testing.T) oci.Runtime {
 				dir := t.TempDir()
 				r, err := New(Config{Handler: name, Command: c, Dir: dir})
 				if err != nil {
@@ -56,7 +56,9 @@ func TestSuite(t *testing.T) {
 				}
 				t.Cleanup(func() { nothingIn(t, dir, name) })
 				return r
-			})
+			}
+			ocitest.Run(t, open)
+			ocitest.RunExtraFiles(t, open)
 		})
 	}
 }

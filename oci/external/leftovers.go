@@ -78,7 +78,7 @@ func removeLeftover(ctx context.Context, dir, bundle string, log *slog.Logger) e
 	}
 	// In our own mount namespace: its own is gone, and to delete needs none of it.
 	_, err = r.run(ctx, nil, bundle, call{verb: "delete", args: []string{"--force", string(c.id)}})
-	if err != nil && !missing(err) {
+	if err != nil && r.knows(c.id) {
 		return err
 	}
 	if err := r.removeCgroup(c.cgroup); err != nil {

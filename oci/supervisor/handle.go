@@ -310,7 +310,7 @@ func setEnv(p *specs.Process, env [][]byte) {
 
 func (s *Server) make(rt oci.Runtime, r wire.Create, seccomp [32]byte) (_ oci.Container, err error) {
 	req := oci.CreateRequest{
-		ID: r.ID, Spec: r.Spec, Rootfs: r.Rootfs, PodInit: r.PodInit, Volumes: r.Volumes, SeccompDigest: seccomp,
+		ID: r.ID, Bundle: r.Bundle, Spec: r.Spec, Rootfs: r.Rootfs, PodInit: r.PodInit, Volumes: r.Volumes, SeccompDigest: seccomp,
 		Namespaces: map[specs.LinuxNamespaceType]*os.File{}, MountFDs: map[string]*os.File{},
 	}
 	var files []*os.File

@@ -24,6 +24,9 @@ import (
 var (
 	node   *harness.Daemon // shared by the tests that do not restart or misconfigure it
 	images *registry
+	// handler runs the pods of all tests that name none: BERTH_TEST_HANDLER=runc
+	// puts an external runtime through the whole suite.
+	handler = os.Getenv("BERTH_TEST_HANDLER")
 )
 
 func TestMain(m *testing.M) {
@@ -59,6 +62,9 @@ func suite(m *testing.M) int {
 		return fail("test images", err)
 	}
 	if node, err = harness.New(dir, "--log-level", "debug"); err != nil {
+		return fail("daemon", err)
+	}
+	if err := configureExternals(); err != nil {
 		return fail("daemon", err)
 	}
 	if err := node.Start(bg); err != nil {
@@ -137,7 +143,7 @@ func preparePod(t *testing.T, change func(*cri.PodSandboxConfig)) *pod {
 func runPod(t *testing.T, change func(*cri.PodSandboxConfig)) *pod {
 	t.Helper()
 	p := preparePod(t, change)
-	r, err := node.Runtime.RunPodSandbox(ctx(t), &cri.RunPodSandboxRequest{Config: p.config})
+	r, err := node.Runtime.RunPodSandbox(ctx(t), &cri.RunPodSandboxRequest{Config: p.config, RuntimeHandler: handler})
 	if err != nil {
 		t.Fatalf("run pod: %v", err)
 	}

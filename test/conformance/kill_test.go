@@ -75,7 +75,7 @@ func churn(t *testing.T, worker int, image string, stop *atomic.Bool) (lives int
 			_, err := node.Images.PullImage(c, &cri.PullImageRequest{Image: &cri.ImageSpec{Image: image}})
 			return err
 		}) || !insist(t, "RunPodSandbox", func(c context.Context) error {
-			r, err := rt.RunPodSandbox(c, &cri.RunPodSandboxRequest{Config: config})
+			r, err := rt.RunPodSandbox(c, &cri.RunPodSandboxRequest{Config: config, RuntimeHandler: handler})
 			pod = r.GetPodSandboxId()
 			return err
 		}) {

@@ -66,6 +66,24 @@ func (s *suite) testStdio(t *testing.T) {
 	}
 }
 
+func (s *suite) testExtraFiles(t *testing.T) {
+	c := s.create(container(t, "fd:3", "fd:4"))
+	var extra []*os.File
+	for _, text := range []string{"three", "four"} {
+		r, w, err := os.Pipe()
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer r.Close()
+		extra = append(extra, r)
+		if _, err := w.WriteString(text); err != nil {
+			t.Fatal(err)
+		}
+		w.Close()
+	}
+	expect(t, startWith(t, c, oci.Stdio{Extra: extra}).output(), map[string]string{"fd:3": "three", "fd:4": "four"})
+}
+
 func (s *suite) testUser(t *testing.T) {
 	r := container(t, "id:", "status:CapEff", "read:/proc/self/oom_score_adj", "open:/proc/self/fd/1")
 	r.Spec.Process.User = specs.User{UID: 1000, GID: 1001, AdditionalGids: []uint32{7}}

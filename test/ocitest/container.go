@@ -299,12 +299,14 @@ func (r *request) process(args ...string) *specs.Process {
 func leftovers(t *testing.T) []string {
 	t.Helper()
 	var out []string
+	// The folders of this test and of those below it: "/tmp/TestName123/001".
+	scratch := strings.TrimRight(filepath.Dir(t.TempDir()), "0123456789")
 	mounts, err := os.ReadFile("/proc/self/mountinfo")
 	if err != nil {
 		t.Fatal(err)
 	}
 	for line := range strings.Lines(string(mounts)) {
-		if f := strings.Fields(line); strings.Contains(f[4], t.TempDir()) || strings.Contains(f[4], "/Test") {
+		if f := strings.Fields(line); strings.Contains(f[4], scratch) {
 			out = append(out, "mount "+f[4])
 		}
 	}

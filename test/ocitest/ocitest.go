@@ -18,19 +18,16 @@ import (
 	"github.com/berth-runtime/berth/test/pace"
 )
 
+// test is one test of a suite.
+type test struct {
+	name string
+	run  func(*suite, *testing.T)
+}
+
 // Run runs the suite on the runtime that open makes; open registers its own
 // cleanup. It needs root, and makes the process a child subreaper.
 func Run(t *testing.T, open func(t *testing.T) oci.Runtime) {
-	if os.Geteuid() != 0 {
-		t.Skip("needs root")
-	}
-	if err := unix.Prctl(unix.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0); err != nil {
-		t.Fatal(err)
-	}
-	for _, x := range []struct {
-		name string
-		run  func(*suite, *testing.T)
-	}{
+	runAll(t, open, []test{
 		{"Start", (*suite).testStart},
 		{"Stdio", (*suite).testStdio},
 		{"User", (*suite).testUser},
@@ -50,7 +47,22 @@ func Run(t *testing.T, open func(t *testing.T) oci.Runtime) {
 		{"Update", (*suite).testUpdate},
 		{"OOMKills", (*suite).testOOMKills},
 		{"DeleteUnstarted", (*suite).testDeleteUnstarted},
-	} {
+	})
+}
+
+// RunExtraFiles is the part of the suite about oci.Stdio.Extra.
+func RunExtraFiles(t *testing.T, open func(t *testing.T) oci.Runtime) {
+	runAll(t, open, []test{{"ExtraFiles", (*suite).testExtraFiles}})
+}
+
+func runAll(t *testing.T, open func(t *testing.T) oci.Runtime, tests []test) {
+	if os.Geteuid() != 0 {
+		t.Skip("needs root")
+	}
+	if err := unix.Prctl(unix.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0); err != nil {
+		t.Fatal(err)
+	}
+	for _, x := range tests {
 		t.Run(x.name, func(t *testing.T) {
 			before := leftovers(t)
 			t.Cleanup(func() {

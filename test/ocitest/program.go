@@ -89,6 +89,13 @@ func act(verb, arg string) (string, error) {
 			all[i] = 1
 		}
 		return strconv.Itoa(len(all)), nil
+	case "fd":
+		n, err := strconv.Atoi(arg)
+		if err != nil {
+			return "", err
+		}
+		b, err := io.ReadAll(os.NewFile(uintptr(n), "extra"))
+		return string(b), err
 	case "mount":
 		return "ok", unix.Mount("tmpfs", arg, "tmpfs", 0, "size=64k")
 	}

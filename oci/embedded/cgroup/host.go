@@ -21,6 +21,7 @@ import (
 
 	"github.com/containerd/errdefs"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
+	"golang.org/x/sys/unix"
 )
 
 // Manager makes cgroups. *Host is the one that asks nobody; systemd.Driver has
@@ -75,10 +76,23 @@ func Detect() (*Host, error) {
 	if err != nil {
 		return nil, err
 	}
+	h.dropHidden()
 	if len(h.V1) == 0 && h.Unified == "" {
 		return nil, fmt.Errorf("cgroup mounts: no cgroup filesystem is mounted: %w", errdefs.ErrFailedPrecondition)
 	}
 	return h, nil
+}
+
+// dropHidden leaves out mounts that something else was mounted over.
+func (h *Host) dropHidden() {
+	shows := func(mount string, magic int64) bool {
+		var fs unix.Statfs_t
+		return unix.Statfs(mount, &fs) == nil && int64(fs.Type) == magic
+	}
+	h.V1 = slices.DeleteFunc(h.V1, func(c Controller) bool { return !shows(c.Mount, unix.CGROUP_SUPER_MAGIC) })
+	if h.Unified != "" && !shows(h.Unified, unix.CGROUP2_SUPER_MAGIC) {
+		h.Unified = ""
+	}
 }
 
 // flagsOfV1 are super options of a cgroup v1 mount that name no controller.

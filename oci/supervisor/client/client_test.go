@@ -2,14 +2,23 @@ package client
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
+	"fmt"
+	"net"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
 	"github.com/containerd/errdefs"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
+	"golang.org/x/sys/unix"
+
+	"github.com/berth-runtime/berth/internal/id"
+	"github.com/berth-runtime/berth/oci"
+	"github.com/berth-runtime/berth/oci/supervisor/wire"
 )
 
 // A caller without a deadline does not wait for ever for a supervisor that does
@@ -76,5 +85,77 @@ func TestRawEnv(t *testing.T) {
 	}
 	if rawEnv(nil) != nil || rawEnv(&specs.Process{}) != nil {
 		t.Error("no environment")
+	}
+}
+
+// A supervisor of the time before external runtimes leaves out the command line
+// and does not know the handler: the error says what to do.
+func TestExternalHandlerOnAnOldSupervisor(t *testing.T) {
+	for _, version := range []int{1, wire.Version} {
+		dir := t.TempDir()
+		l, err := net.ListenUnix("unix", &net.UnixAddr{Name: filepath.Join(dir, socketName)})
+		if err != nil {
+			t.Fatal(err)
+		}
+		served := make(chan error, 1)
+		go func() { served <- serve(l, version) }()
+		c, err := Open(context.Background(), Config{StateDir: dir, Commands: map[string]oci.Command{"runc": {Path: "/usr/sbin/runc"}}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		var want error = errdefs.ErrFailedPrecondition
+		if version == wire.Version {
+			want = errdefs.ErrInvalidArgument
+		}
+		err = c.Create(context.Background(), wire.Create{ID: id.NewContainer(), Handler: "runc", Spec: &specs.Spec{}})
+		if !errors.Is(err, want) || version == 1 && !strings.Contains(err.Error(), "(old, pid 7) is older than external runtimes") {
+			t.Errorf("version %d: %v", version, err)
+		}
+		if err := errors.Join(c.Close(), l.Close()); err != nil {
+			t.Error(err)
+		}
+		if err := <-served; err != nil {
+			t.Error(err)
+		}
+	}
+}
+
+// serve answers one connection as a supervisor of that version does.
+func serve(l *net.UnixListener, version int) error {
+	accepted, err := l.AcceptUnix()
+	if err != nil {
+		return err
+	}
+	f, err := accepted.File()
+	if err := errors.Join(err, accepted.Close()); err != nil {
+		return err
+	}
+	fd, err := unix.FcntlInt(f.Fd(), unix.F_DUPFD_CLOEXEC, 0)
+	if err := errors.Join(err, f.Close()); err != nil {
+		return err
+	}
+	conn, err := wire.NewConn(fd)
+	if err != nil {
+		return err
+	}
+	defer conn.Close()
+	for {
+		f, files, err := conn.Recv()
+		if err != nil {
+			return nil // the client has closed
+		}
+		wire.CloseFiles(files)
+		answer := wire.Frame{ID: f.ID}
+		switch f.Op {
+		case wire.OpHello:
+			if answer.Body, err = json.Marshal(wire.HelloReply{Version: version, Pid: 7, Build: "old"}); err != nil {
+				return err
+			}
+		default:
+			answer.Err = wire.ToError(fmt.Errorf("handler \"runc\": no such runtime: %w", errdefs.ErrInvalidArgument))
+		}
+		if err := conn.Send(answer); err != nil {
+			return err
+		}
 	}
 }

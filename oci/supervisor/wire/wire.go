@@ -105,6 +105,7 @@ type Create struct {
 	ID         id.Container                        `json:"id"`
 	Handler    string                              `json:"handler"`
 	Command    *oci.Command                        `json:"command,omitempty"` // of a handler that is an external runtime; since version 2
+	Bundle     string                              `json:"bundle,omitempty"`  // for hooks: oci.CreateRequest; since version 2
 	Spec       *specs.Spec                         `json:"spec"`
 	Rootfs     oci.Rootfs                          `json:"rootfs"`
 	Namespaces map[specs.LinuxNamespaceType]string `json:"namespaces,omitempty"`

@@ -17,13 +17,26 @@ import (
 // maxPasswd bounds what is read of a container's /etc/passwd, in bytes.
 const maxPasswd = 1 << 20
 
-// setHome gives the process a HOME, as runc does, if its environment has none:
-// the one in /etc/passwd below root, or "/".
-func setHome(p *specs.Process, root string) {
-	if slices.ContainsFunc(p.Env, func(e string) bool { return strings.HasPrefix(e, "HOME=") }) {
-		return
+// setEnv gives the process its environment, as runc does: of two variables of
+// one name the later, and where HOME has no value the one in /etc/passwd below
+// root, or "/".
+func setEnv(p *specs.Process, root string) {
+	var out []string
+	seen := map[string]bool{"": true}
+	for _, e := range slices.Backward(p.Env) {
+		name, _, ok := strings.Cut(e, "=")
+		if seen[name] || !ok || e == "HOME=" {
+			seen[name] = true
+			continue
+		}
+		seen[name] = true
+		out = append(out, e)
 	}
-	p.Env = append(p.Env, "HOME="+home(root, p.User.UID))
+	slices.Reverse(out)
+	if !slices.ContainsFunc(out, func(e string) bool { return strings.HasPrefix(e, "HOME=") }) {
+		out = append(out, "HOME="+home(root, p.User.UID))
+	}
+	p.Env = out
 }
 
 func home(root string, uid uint32) string {

@@ -20,6 +20,9 @@ func TestHomeComesFromThePasswdInside(t *testing.T) {
 	b.spec.Process.Env = append(b.spec.Process.Env, "HOME=/given")
 	b.do("run", b.id()).ok().prints("/given\n")
 
+	b.spec.Process.Env = append(b.spec.Process.Env, "HOME=", "nonsense", "=x")
+	b.do("run", b.id()).ok().prints("/\n")
+
 	b = newBench(t, "sleep")
 	id := b.id()
 	b.do("run", "-d", id).ok()
@@ -27,4 +30,5 @@ func TestHomeComesFromThePasswdInside(t *testing.T) {
 		t.Fatal(err) // of itself: read inside it leads nowhere, outside it would be the host's
 	}
 	b.do("exec", id, "prog", "env", "HOME").ok().prints("/\n")
+	b.do("exec", "-e", "A=1", "-e", "A=2", id, "prog", "cat", "/proc/self/environ").ok().prints("PATH=/bin\x00A=2\x00HOME=/\x00")
 }
