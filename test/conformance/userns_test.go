@@ -44,7 +44,7 @@ func needUserNamespaces(t *testing.T) {
 			return
 		}
 	}
-	t.Skip("skipped: this kernel, or the file system of the images, cannot do user namespaces of pods: " + node.LogTail(2048))
+	t.Skip("skipped: this kernel, or the file system of the images, cannot do user namespaces of pods; the daemon's log says why")
 }
 
 // userPod runs a pod with a user namespace.
@@ -473,26 +473,22 @@ func TestUserNamespaceRefusals(t *testing.T) {
 		}).config
 	}
 	for want, c := range map[string]*cri.PodSandboxConfig{
-		"userns_options.mode":    options(func(n *cri.NamespaceOption) { n.UsernsOptions.Mode = cri.NamespaceMode_CONTAINER }),
-		"userns_options.uids":    options(func(n *cri.NamespaceOption) { n.UsernsOptions.Uids = append(mappings(5), mappings(1<<17)...) }),
-		"userns_options.gids":    options(func(n *cri.NamespaceOption) { n.UsernsOptions.Gids = nil }),
-		"mode NODE":              options(func(n *cri.NamespaceOption) { n.UsernsOptions.Mode = cri.NamespaceMode_NODE }),
-		"pid mode NODE":          options(func(n *cri.NamespaceOption) { n.Pid = cri.NamespaceMode_NODE }),
-		"uids[0].container_id 1": options(func(n *cri.NamespaceOption) { n.UsernsOptions.Uids[0].ContainerId = 1 }),
+		"userns_options.mode":  options(func(n *cri.NamespaceOption) { n.UsernsOptions.Mode = cri.NamespaceMode_CONTAINER }),
+		"userns_options.uids":  options(func(n *cri.NamespaceOption) { n.UsernsOptions.Uids = append(mappings(5), mappings(1<<17)...) }),
+		"userns_options.gids":  options(func(n *cri.NamespaceOption) { n.UsernsOptions.Gids = nil }),
+		"mode NODE":            options(func(n *cri.NamespaceOption) { n.UsernsOptions.Mode = cri.NamespaceMode_NODE }),
+		"pid mode NODE":        options(func(n *cri.NamespaceOption) { n.Pid = cri.NamespaceMode_NODE }),
+		"uids[0].container_id": options(func(n *cri.NamespaceOption) { n.UsernsOptions.Uids[0].ContainerId = 1 }),
 	} {
-		want, _, _ = strings.Cut(want, " 1")
 		_, err := node.Runtime.RunPodSandbox(ctx(t), &cri.RunPodSandboxRequest{Config: c})
 		wantCode(t, err, codes.InvalidArgument, want)
 	}
 	p := userPod(t, nil)
 	for want, change := range map[string]func(*cri.LinuxContainerSecurityContext){
-		"userns_options":        func(s *cri.LinuxContainerSecurityContext) { s.NamespaceOptions.UsernsOptions.Uids[0].HostId++ },
-		"differs":               func(s *cri.LinuxContainerSecurityContext) { s.NamespaceOptions.UsernsOptions = nil },
-		"run_as_user: user 654": func(s *cri.LinuxContainerSecurityContext) { s.RunAsUser = &cri.Int64Value{Value: 65540} },
+		"userns_options":          func(s *cri.LinuxContainerSecurityContext) { s.NamespaceOptions.UsernsOptions.Uids[0].HostId++ },
+		"differs":                 func(s *cri.LinuxContainerSecurityContext) { s.NamespaceOptions.UsernsOptions = nil },
+		"run_as_user: user 65540": func(s *cri.LinuxContainerSecurityContext) { s.RunAsUser = &cri.Int64Value{Value: 65540} },
 	} {
-		if strings.Contains(want, "654") {
-			want = "run_as_user: user 65540"
-		}
 		cfg := containerConfig([]string{"true"})
 		cfg.Linux.SecurityContext.NamespaceOptions = &cri.NamespaceOption{Pid: cri.NamespaceMode_CONTAINER, UsernsOptions: userNamespace()}
 		change(cfg.Linux.SecurityContext)
