@@ -6,7 +6,7 @@ LDFLAGS := -s -w -X github.com/berth-runtime/berth/internal/version.Commit=$(COM
 PREFIX  ?= /usr/local
 BINS    := berthd berth-supervisor berth-oci berth
 
-.PHONY: build test test-vm lint bench demo install uninstall clean
+.PHONY: build test test-vm lint bench bench-oci demo install uninstall clean
 
 build:
 	@mkdir -p bin
@@ -24,6 +24,11 @@ lint:
 
 bench: build
 	hack/bench-compare.sh
+
+# berth-oci beside Debian's runc and crun, command by command.
+bench-oci: build
+	go build -o bin/bench ./test/bench
+	bin/bench oci --hide-unified berth=$(CURDIR)/bin/berth-oci runc=$$(command -v runc) crun=$$(command -v crun)
 
 # make demo KEEP=1 leaves the daemon up and prints how to point crictl or a kubelet at it.
 demo: build

@@ -7,6 +7,7 @@
 //	bench table berth-1.json containerd-1.json berth-2.json containerd-2.json
 //	bench registry 127.0.0.1:5999
 //	bench reap containerd --config /tmp/containerd.toml
+//	bench oci --hide-unified berth=/usr/local/bin/berth-oci runc=/usr/sbin/runc crun=/usr/bin/crun
 //
 // Latencies are what a client on the socket sees, gRPC included.
 package main
@@ -67,7 +68,7 @@ func flags(args []string) (*options, error) {
 		return nil, err
 	}
 	if f.NArg() > 0 {
-		return nil, fmt.Errorf("argument %q: want flags only, or one of table, registry, reap first", f.Arg(0))
+		return nil, fmt.Errorf("argument %q: want flags only, or one of table, registry, oci, reap first", f.Arg(0))
 	}
 	if o.n < 1 || o.workers < 1 || o.pods < 0 || o.execs < 1 || o.pulls < 1 {
 		return nil, errors.New("--n, --workers, --execs and --pulls: want at least 1, and --pods at least 0")
@@ -86,6 +87,8 @@ func main() {
 		err = table(os.Stdout, os.Args[2:])
 	case len(os.Args) > 1 && os.Args[1] == "registry":
 		err = serve(ctx, os.Args[2:])
+	case len(os.Args) > 1 && os.Args[1] == "oci":
+		err = benchOCI(ctx, os.Stdout, os.Args[2:])
 	case len(os.Args) > 1 && os.Args[1] == "reap":
 		err = reap(os.Args[2:])
 	default:
