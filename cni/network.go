@@ -39,6 +39,9 @@ type Pod struct {
 	Annotations          map[string]string `json:"annotations,omitempty"`
 	CgroupParent         string            `json:"cgroupParent,omitempty"`
 	PortMappings         []PortMapping     `json:"portMappings,omitempty"`
+	// NetNS is an empty network namespace for Attach to use, which belongs to the
+	// pod's user namespace; nil: the network makes one. It stays the caller's.
+	NetNS *os.File `json:"-"`
 }
 
 // Attachment is the durable result of Attach; the engine journals it and hands
@@ -55,8 +58,9 @@ type Attachment struct {
 // Network attaches pods. Calls for different pods run concurrently; calls for
 // one pod do not.
 type Network interface {
-	// Attach makes a network namespace, wires it and returns it open. On error
-	// nothing is left behind, or a Detach with a zero Attachment cleans it.
+	// Attach makes a network namespace, or takes the pod's, wires it and returns it
+	// open. On error nothing is left behind, or a Detach with a zero Attachment
+	// cleans it; a pod's own namespace is not to be used again.
 	Attach(ctx context.Context, p Pod) (Attachment, *os.File, error)
 	// Detach releases addresses, ports and the namespace. netns may be nil (gone,
 	// as after a reboot). It is idempotent; after an error it can be called again.

@@ -229,7 +229,7 @@ func (s *Selector) attach(ctx context.Context, p Pod, list *libcni.NetworkConfig
 		return none, nil, err
 	}
 	a := Attachment{Network: PluginNetwork, NetNSPath: s.pins.path(p.ID), State: state}
-	ns, err := s.namespace(p.ID)
+	ns, err := s.namespace(p)
 	if err == nil {
 		a.IPs, j.Result, err = s.add(ctx, list, rt, a.NetNSPath)
 		if err == nil {
@@ -248,23 +248,38 @@ func (s *Selector) attach(ctx context.Context, p Pod, list *libcni.NetworkConfig
 	return a, ns, nil
 }
 
-// namespace makes a pinned network namespace with lo up.
-func (s *Selector) namespace(pod id.Pod) (*os.File, error) {
-	files, err := kernel.NewNamespaces([]kernel.Namespace{kernel.NetNS}, func() error {
+// namespace makes a pinned network namespace with lo up, or pins the pod's own.
+func (s *Selector) namespace(p Pod) (*os.File, error) {
+	ns, err := openNamespace(p.NetNS)
+	if err != nil {
+		return nil, fmt.Errorf("network namespace: %w", err)
+	}
+	if err := s.pins.add(p.ID, ns); err != nil {
+		ns.Close()
+		return nil, err
+	}
+	return ns, nil
+}
+
+func openNamespace(own *os.File) (*os.File, error) {
+	loopback := func() error {
 		lo, err := netlink.LinkByName("lo")
 		if err != nil {
 			return err
 		}
 		return netlink.LinkSetUp(lo)
-	})
-	if err != nil {
-		return nil, fmt.Errorf("network namespace: %w", err)
 	}
-	if err := s.pins.add(pod, files[0]); err != nil {
-		files[0].Close()
+	if own == nil {
+		files, err := kernel.NewNamespaces([]kernel.Namespace{kernel.NetNS}, loopback)
+		if err != nil {
+			return nil, err
+		}
+		return files[0], nil
+	}
+	if err := kernel.In(kernel.NetNS, own, loopback); err != nil {
 		return nil, err
 	}
-	return files[0], nil
+	return kernel.Dup(own)
 }
 
 // add runs ADD and returns the pod's addresses and the raw result.

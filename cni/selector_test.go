@@ -188,6 +188,42 @@ func TestAttachDetach(t *testing.T) {
 	b.clean(p.ID)
 }
 
+// TestAttachOwnNamespace: plugins get the namespace that a pod brings along.
+func TestAttachOwnNamespace(t *testing.T) {
+	b := newBench(t)
+	s := b.open()
+	files, err := kernel.NewNamespaces([]kernel.Namespace{kernel.NetNS}, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	own := files[0]
+	defer own.Close()
+	p := testPod()
+	p.NetNS = own
+	a, ns, err := s.Attach(context.Background(), p)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ns.Close()
+	want, err := own.Stat()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got, err := ns.Stat(); err != nil || !os.SameFile(got, want) {
+		t.Errorf("Attach returns another namespace (%v)", err)
+	}
+	if got, err := os.Stat(a.NetNSPath); err != nil || !os.SameFile(got, want) {
+		t.Errorf("another namespace is pinned (%v)", err)
+	}
+	if got := b.read("ADD.in"); strings.Contains(got, "NetNS") {
+		t.Errorf("ADD got %s", got)
+	}
+	if err := s.Detach(context.Background(), p, a, ns); err != nil {
+		t.Fatal(err)
+	}
+	b.clean(p.ID)
+}
+
 func TestAttachErrors(t *testing.T) {
 	for name, tc := range map[string]struct{ file, content, want string }{
 		"fails":    {"ADD.fail", "1", "cni plugin fake ADD: exit status 1 (code 11): no luck try later"},

@@ -33,6 +33,9 @@ func (s *runtimeServer) Status(_ context.Context, r *runtimeapi.StatusRequest) (
 		Features: &runtimeapi.RuntimeFeatures{SupplementalGroupsPolicy: true},
 	}
 	for _, h := range s.node.Handlers() {
+		if h.Name == "" {
+			out.Features.UserNamespacesHostNetwork = h.UserNamespaces
+		}
 		out.RuntimeHandlers = append(out.RuntimeHandlers, &runtimeapi.RuntimeHandler{
 			Name: h.Name,
 			Features: &runtimeapi.RuntimeHandlerFeatures{

@@ -191,8 +191,9 @@ func TestPortForwardHalfClose(t *testing.T) {
 		}
 		_ = errs.Close()
 		h.Set(portforward.StreamType, portforward.StreamTypeData)
+		// The client may see the reset of a refused pair before the answer to its stream.
 		data, err = conn.CreateStream(h)
-		if err != nil {
+		if err != nil && port != "1" {
 			t.Fatal(err)
 		}
 		return data, errs

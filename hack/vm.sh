@@ -81,7 +81,7 @@ for name in sbin/runc bin/crun; do
 done
 modules=lib/modules/$release
 mkdir -p "$root/$modules/kernel"/{fs,net/ipv4,drivers/net,drivers/block}
-for m in arch crypto lib net/netfilter net/ipv4/netfilter net/ipv6 net/sched fs/overlayfs drivers/net/veth.ko drivers/net/dummy.ko drivers/virtio drivers/block/virtio_blk.ko; do
+for m in arch crypto lib net/netfilter net/ipv4/netfilter net/ipv6 net/sched net/bridge net/802 net/llc fs/overlayfs drivers/net/veth.ko drivers/net/dummy.ko drivers/virtio drivers/block/virtio_blk.ko; do
   cp -a "$cache/kernel/$modules/kernel/$m" "$root/$modules/kernel/$m"
 done
 cp "$cache/kernel/$modules"/modules.{order,builtin,builtin.modinfo} "$root/$modules/"

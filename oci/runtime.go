@@ -16,18 +16,24 @@ import (
 // layers from the top one to the bottom one, absolute paths on the host. With
 // Upper and Work the result is a writable overlay; without them a read-only one.
 // Volatile skips the syncs of an overlay whose content dies with the container.
+// Idmap shows the layers' files with the ids of the container's user namespace:
+// what belongs to root on disk belongs to the container's root. Upper is not
+// shifted, it belongs to the container's root on disk as well.
 type Rootfs struct {
 	Lowers   []string `json:"lowers"`
 	Upper    string   `json:"upper,omitempty"`
 	Work     string   `json:"work,omitempty"`
 	Volatile bool     `json:"volatile,omitempty"`
+	Idmap    bool     `json:"idmap,omitempty"`
 }
 
 // Volume is an image mounted into a container: its layers as Rootfs.Lowers has
-// them, read-only, and the path inside that is wanted ("" is all of it).
+// them, read-only, and the path inside that is wanted ("" is all of it). Idmap is
+// that of Rootfs.
 type Volume struct {
 	Lowers  []string `json:"lowers"`
 	SubPath string   `json:"subPath,omitempty"`
+	Idmap   bool     `json:"idmap,omitempty"`
 }
 
 // CreateRequest describes a container to be made.
@@ -83,6 +89,28 @@ type Runtime interface {
 	// Create prepares cgroup, root filesystem and namespaces; no user code runs.
 	// On error nothing is left behind.
 	Create(ctx context.Context, r CreateRequest) (Container, error)
+}
+
+// UserNamespaceRequest describes a user namespace that several containers share.
+// UIDs and GIDs map its ids to those of the host. Kinds are the namespaces that
+// are made with it and belong to it: network, ipc, uts.
+//
+// Layers are directories that the caller wants to use as layers of a root with
+// Rootfs.Idmap: an overlay of them is made and thrown away, so that an error tells
+// what this kernel or their file system cannot do.
+type UserNamespaceRequest struct {
+	UIDs   []specs.LinuxIDMapping
+	GIDs   []specs.LinuxIDMapping
+	Kinds  []specs.LinuxNamespaceType
+	Layers []string
+}
+
+// UserNamespaces is a Runtime that makes user namespaces which outlive its containers.
+type UserNamespaces interface {
+	// NewUserNamespace returns the user namespace, and one of each of r.Kinds in
+	// their order. No process is in them; the descriptors, the caller's to close,
+	// keep them. A container joins them through CreateRequest.Namespaces.
+	NewUserNamespace(r UserNamespaceRequest) ([]*os.File, error)
 }
 
 // Container is a created or running container of a Runtime.

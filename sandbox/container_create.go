@@ -2,6 +2,7 @@ package sandbox
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"os"
@@ -139,6 +140,9 @@ func (b *containerBuild) check() error {
 		}
 	}
 	ns := cfg.Security.Namespaces
+	if !ns.User.Same(b.pod.Config.Namespaces.User) {
+		return bad("namespace_options.userns_options: differs from the pod sandbox's; a container has its pod's user namespace")
+	}
 	switch ns.PID {
 	case NamespacePod:
 		// A container that asks for the pod's PID namespace in a pod without one gets
@@ -182,7 +186,7 @@ func (b *containerBuild) acquireVolumes() error {
 		if b.volumes == nil {
 			b.volumes = map[string]oci.Volume{}
 		}
-		b.volumes[strconv.Itoa(i)] = oci.Volume{Lowers: img.Layers, SubPath: m.ImageSubPath}
+		b.volumes[strconv.Itoa(i)] = oci.Volume{Lowers: img.Layers, SubPath: m.ImageSubPath, Idmap: b.pod.Config.Namespaces.User != nil}
 		// What the status says of the mount: which image it turned out to be.
 		b.config.Mounts[i].ImageRef = string(img.ID)
 	}
@@ -286,7 +290,29 @@ func (b *containerBuild) folders(context.Context) error {
 			return err
 		}
 	}
-	return nil
+	if b.spec.Hooks != nil {
+		if err := b.bundle(dir); err != nil {
+			return err
+		}
+	}
+	uid, gid := b.pod.Config.Namespaces.User.Root()
+	if uid == 0 && gid == 0 {
+		return nil
+	}
+	return os.Chown(filepath.Join(dir, "upper"), int(uid), int(gid))
+}
+
+// bundle makes dir the bundle that hooks look for: config.json names the folder
+// where the root is while they run.
+func (b *containerBuild) bundle(dir string) error {
+	root := *b.spec.Root
+	root.Path = filepath.Join(dir, "rootfs")
+	b.spec.Root = &root
+	text, err := json.Marshal(b.spec)
+	if err != nil {
+		return err
+	}
+	return errors.Join(os.Mkdir(root.Path, 0o755), os.WriteFile(filepath.Join(dir, "config.json"), text, 0o600))
 }
 
 func (b *containerBuild) create(ctx context.Context) error {
@@ -298,6 +324,9 @@ func (b *containerBuild) create(ctx context.Context) error {
 		Stdin:      b.config.Stdin, StdinOnce: b.config.StdinOnce,
 		Volumes: b.volumes,
 	}
+	if b.spec.Hooks != nil {
+		r.Bundle = dir
+	}
 	if b.pod.Config.Namespaces.Network != NamespaceNode {
 		r.Namespaces[specs.NetworkNamespace] = fdKey(b.p.id, string(kernel.NetNS))
 		r.Namespaces[specs.UTSNamespace] = fdKey(b.p.id, string(kernel.UTSNS))
@@ -305,6 +334,10 @@ func (b *containerBuild) create(ctx context.Context) error {
 	if b.pod.Config.Namespaces.IPC != NamespaceNode {
 		r.Namespaces[specs.IPCNamespace] = fdKey(b.p.id, string(kernel.IPCNS))
 		r.Mounts = map[string]string{"shm": fdKey(b.p.id, "shm")}
+	}
+	if b.pod.Config.Namespaces.User != nil {
+		r.Namespaces[specs.UserNamespace] = fdKey(b.p.id, string(kernel.UserNS))
+		r.Rootfs.Idmap = true
 	}
 	return b.e.cfg.Runtime.Create(ctx, r)
 }

@@ -68,7 +68,8 @@ type Engine struct {
 	cancel     context.CancelFunc
 	owned      sync.WaitGroup // the event loop, the usage walker, operations, killers
 	usage      usageTable
-	lastCreate atomic.Int64 // nanoseconds; created_at is strictly increasing
+	lastCreate atomic.Int64          // nanoseconds; created_at is strictly increasing
+	noUserNS   atomic.Pointer[error] // why pods get no user namespaces; nil: they do
 
 	mu         sync.Mutex
 	pods       map[id.Pod]*pod             // guarded by mu
@@ -130,6 +131,7 @@ func Open(ctx context.Context, cfg Config) (*Engine, error) {
 		e.cancel()
 		return nil, errors.Join(err, e.empty.Close())
 	}
+	e.probeUserNamespaces(ctx)
 	e.owned.Go(e.events)
 	e.owned.Go(e.walkUsage)
 	return e, nil

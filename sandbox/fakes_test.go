@@ -6,15 +6,18 @@ import (
 	"fmt"
 	"net/netip"
 	"os"
+	"os/exec"
 	"runtime"
 	"slices"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
 	"github.com/containerd/errdefs"
 	"github.com/opencontainers/go-digest"
+	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 
 	"github.com/berth-runtime/berth/cni"
@@ -274,6 +277,46 @@ func (l *link) List(ctx context.Context) (out []wire.Info, err error) {
 	return out, err
 }
 
+// UserNamespace hands out real namespaces; a process is needed to make them.
+func (l *link) UserNamespace(ctx context.Context, r wire.UserNamespace) (out []*os.File, err error) {
+	err = l.call(ctx, "userns", "", func() error {
+		c := exec.Command("sleep", "60")
+		c.SysProcAttr = &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWUSER, Pdeathsig: unix.SIGKILL, GidMappingsEnableSetgroups: true}
+		for _, m := range r.UIDs {
+			c.SysProcAttr.UidMappings = append(c.SysProcAttr.UidMappings, syscall.SysProcIDMap{ContainerID: int(m.ContainerID), HostID: int(m.HostID), Size: int(m.Size)})
+		}
+		for _, m := range r.GIDs {
+			c.SysProcAttr.GidMappings = append(c.SysProcAttr.GidMappings, syscall.SysProcIDMap{ContainerID: int(m.ContainerID), HostID: int(m.HostID), Size: int(m.Size)})
+		}
+		names := []kernel.Namespace{kernel.UserNS}
+		for kind, k := range map[kernel.Namespace]specs.LinuxNamespaceType{kernel.NetNS: specs.NetworkNamespace, kernel.IPCNS: specs.IPCNamespace, kernel.UTSNS: specs.UTSNamespace} {
+			if slices.Contains(r.Kinds, k) {
+				c.SysProcAttr.Unshareflags |= uintptr(kind.CloneFlag())
+			}
+		}
+		for _, k := range r.Kinds {
+			names = append(names, map[specs.LinuxNamespaceType]kernel.Namespace{specs.NetworkNamespace: kernel.NetNS, specs.IPCNamespace: kernel.IPCNS, specs.UTSNamespace: kernel.UTSNS}[k])
+		}
+		if err := c.Start(); err != nil {
+			return err
+		}
+		defer func() { _ = c.Process.Kill(); _ = c.Wait() }()
+		for _, n := range names {
+			f, err := os.Open(fmt.Sprintf("/proc/%d/ns/%s", c.Process.Pid, n))
+			if err != nil {
+				closeAll(out...)
+				return err
+			}
+			out = append(out, f)
+		}
+		return nil
+	})
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 func (l *link) Exits() <-chan wire.Exit { return l.exits }
 func (l *link) Resync() <-chan struct{} { return l.resync }
 
@@ -343,6 +386,10 @@ func (l *link) Attach(ctx context.Context, p cni.Pod) (a cni.Attachment, ns *os.
 			return err
 		}
 		ns = files[0]
+		if p.NetNS != nil {
+			ns.Close()
+			ns = dupFile(p.NetNS)
+		}
 		l.w.next++
 		l.w.attached[p.ID] = true
 		a = cni.Attachment{Network: "fake", IPs: []netip.Addr{netip.AddrFrom4([4]byte{10, 0, 0, l.w.next})}, State: []byte("state")}

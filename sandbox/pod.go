@@ -36,7 +36,7 @@ type pod struct {
 
 	mu    sync.Mutex
 	rec   podRecord           // guarded by mu
-	files map[string]*os.File // guarded by mu; namespaces and mounts by name: net, ipc, uts, shm
+	files map[string]*os.File // guarded by mu; namespaces and mounts by name: net, ipc, uts, user, shm
 }
 
 // podRecord is the journal's view of a pod.
@@ -164,8 +164,8 @@ func (e *Engine) letGo(ctx context.Context, p *pod) error {
 
 // dropHeld closes the supervisor's copies of the pod's namespaces and mounts.
 func (e *Engine) dropHeld(ctx context.Context, p *pod) error {
-	keys := make([]string, 0, 4)
-	for _, n := range []string{"net", "ipc", "uts", "shm"} {
+	keys := make([]string, 0, 5)
+	for _, n := range []string{"net", "ipc", "uts", "user", "shm"} {
 		keys = append(keys, fdKey(p.id, n))
 	}
 	return e.cfg.FDs.DropFDs(ctx, keys)

@@ -7,6 +7,7 @@ import (
 	"os"
 	"path"
 	"path/filepath"
+	"strconv"
 	"strings"
 
 	"github.com/containerd/errdefs"
@@ -79,6 +80,9 @@ func (e *Engine) checkPod(c *PodConfig) error {
 	if err := spec.CheckSELinux(c.SELinux); err != nil {
 		return err
 	}
+	if err := e.checkUserNamespace(c); err != nil {
+		return err
+	}
 	_, err := sysctlsOf(c)
 	return err
 }
@@ -115,7 +119,7 @@ func (e *Engine) runPod(ctx context.Context, c *PodConfig) (id.Pod, error) {
 	}
 	e.insertPod(p)
 	b := &podBuild{e: e, p: p, config: c}
-	undone, err := e.run(ctx, "run pod sandbox", []step{
+	steps := []step{
 		// A network that could not attach may want a Detach all the same.
 		{name: "network", do: b.attach, undo: b.detach, partial: true},
 		// The network namespace stays open for the network's way back.
@@ -124,7 +128,13 @@ func (e *Engine) runPod(ctx context.Context, c *PodConfig) (id.Pod, error) {
 		{name: "files", do: b.files, undo: func(context.Context) error { return os.RemoveAll(e.podDir(p.id)) }, partial: true},
 		{name: "init", do: b.init, undo: b.removeInit, partial: true},
 		{name: "ready", do: b.ready},
-	})
+	}
+	if c.Namespaces.User != nil {
+		first := step{name: "user namespace", do: b.userNamespace, undo: func(context.Context) error { b.closeMade(); p.closeFiles("net"); return nil }, partial: true}
+		steps = append([]step{first}, steps...)
+	}
+	undone, err := e.run(ctx, "run pod sandbox", steps)
+	b.closeMade()
 	if err == nil {
 		return p.id, nil
 	}
@@ -145,6 +155,9 @@ type podBuild struct {
 	e      *Engine
 	p      *pod
 	config *PodConfig
+	// made are the namespaces that were made with a user namespace, until they are
+	// put to use.
+	made map[kernel.Namespace]*os.File
 }
 
 func (b *podBuild) onHostNetwork() bool { return b.config.Namespaces.Network == NamespaceNode }
@@ -154,7 +167,9 @@ func (b *podBuild) attach(ctx context.Context) error {
 		return nil
 	}
 	rec := b.p.record()
-	a, ns, err := b.e.cfg.Network.Attach(ctx, rec.network())
+	net := rec.network()
+	net.NetNS = b.made[kernel.NetNS]
+	a, ns, err := b.e.cfg.Network.Attach(ctx, net)
 	if err != nil {
 		return err
 	}
@@ -191,6 +206,9 @@ func (b *podBuild) namespaces(context.Context) error {
 		return err
 	}
 	inside := func() error {
+		if err := b.enterMade(); err != nil {
+			return err
+		}
 		if !b.onHostNetwork() && b.config.Hostname != "" {
 			if err := unix.Sethostname([]byte(b.config.Hostname)); err != nil {
 				return fmt.Errorf("host name %q: %w", b.config.Hostname, err)
@@ -207,9 +225,20 @@ func (b *podBuild) namespaces(context.Context) error {
 				return fmt.Errorf("network namespace: %w", err)
 			}
 		}
+		if u := b.config.Namespaces.User; u != nil {
+			// The kernel asks for the root of the namespace's owner, not for capabilities.
+			if err := kernel.SetEffectiveIDs(u.Root()); err != nil {
+				return err
+			}
+		}
 		return writeSysctls(sysctls)
 	}
-	if len(kinds) > 0 {
+	if b.config.Namespaces.User != nil {
+		if err := kernel.OnThread(inside); err != nil {
+			return err
+		}
+		b.keepMade(kinds)
+	} else if len(kinds) > 0 {
 		files, err := kernel.NewNamespaces(kinds, inside)
 		if err != nil {
 			return err
@@ -221,7 +250,9 @@ func (b *podBuild) namespaces(context.Context) error {
 	if b.config.Namespaces.IPC == NamespaceNode {
 		return nil
 	}
-	shm, err := kernel.NewFS("tmpfs", []kernel.FSOption{{Key: "mode", Value: "1777"}, {Key: "size", Value: shmSize}},
+	uid, gid := b.config.Namespaces.User.Root()
+	shm, err := kernel.NewFS("tmpfs", []kernel.FSOption{{Key: "mode", Value: "1777"}, {Key: "size", Value: shmSize},
+		{Key: "uid", Value: strconv.FormatUint(uint64(uid), 10)}, {Key: "gid", Value: strconv.FormatUint(uint64(gid), 10)}},
 		unix.MOUNT_ATTR_NOSUID|unix.MOUNT_ATTR_NODEV|unix.MOUNT_ATTR_NOEXEC)
 	if err != nil {
 		return fmt.Errorf("/dev/shm: %w", err)
@@ -267,9 +298,16 @@ func (b *podBuild) files(context.Context) error {
 	if err != nil {
 		return fmt.Errorf("config.dns_config: %w", err)
 	}
+	uid, gid := b.config.Namespaces.User.Root()
 	for file, text := range map[string][]byte{"hosts": hosts, "hostname": name, "resolv.conf": resolv} {
-		if err := os.WriteFile(filepath.Join(dir, file), text, 0o644); err != nil {
+		file = filepath.Join(dir, file)
+		if err := os.WriteFile(file, text, 0o644); err != nil {
 			return err
+		}
+		if uid != 0 || gid != 0 { // the pod's root may change them, as any pod's may
+			if err := os.Chown(file, int(uid), int(gid)); err != nil {
+				return err
+			}
 		}
 	}
 	return nil
@@ -300,14 +338,20 @@ func (b *podBuild) init(ctx context.Context) error {
 	if err := b.e.podBook.Write(string(b.p.id), &rec); err != nil {
 		return err
 	}
+	namespaces := []specs.LinuxNamespace{{Type: specs.MountNamespace}, {Type: specs.PIDNamespace}}
+	join := map[specs.LinuxNamespaceType]string{}
+	if b.config.Namespaces.User != nil { // or the containers could not mount the namespace's procfs
+		namespaces = append(namespaces, specs.LinuxNamespace{Type: specs.UserNamespace})
+		join[specs.UserNamespace] = fdKey(b.p.id, string(kernel.UserNS))
+	}
 	err := b.e.cfg.Runtime.Create(ctx, wire.Create{
-		ID: init, PodInit: true, Rootfs: oci.Rootfs{},
+		ID: init, PodInit: true, Rootfs: oci.Rootfs{}, Namespaces: join,
 		Spec: &specs.Spec{
 			Version: specs.Version,
 			Process: &specs.Process{Cwd: "/", Args: []string{"init"}, NoNewPrivileges: true},
 			Linux: &specs.Linux{
 				CgroupsPath: rec.containerIn(init),
-				Namespaces:  []specs.LinuxNamespace{{Type: specs.MountNamespace}, {Type: specs.PIDNamespace}},
+				Namespaces:  namespaces,
 			},
 		},
 	})

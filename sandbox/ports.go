@@ -32,6 +32,9 @@ type Runtime interface {
 	Update(ctx context.Context, r wire.Update) error
 	ReopenLog(ctx context.Context, r wire.ReopenLog) error
 	List(ctx context.Context) ([]wire.Info, error)
+	// UserNamespace makes a user namespace and returns it, and one of each of
+	// r.Kinds, for the engine to close.
+	UserNamespace(ctx context.Context, r wire.UserNamespace) ([]*os.File, error)
 	// Exits delivers the exit records of containers, each at least once.
 	Exits() <-chan wire.Exit
 	// Resync fires after the connection to the supervisor was lost and made

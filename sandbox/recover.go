@@ -152,6 +152,9 @@ func (e *Engine) fetchFiles(ctx context.Context, p *pod) error {
 	if c.Namespaces.IPC != NamespaceNode {
 		names = append(names, "ipc", "shm")
 	}
+	if c.Namespaces.User != nil {
+		names = append(names, "user")
+	}
 	if len(names) == 0 {
 		return nil
 	}
@@ -242,6 +245,7 @@ func (e *Engine) compare(c *container, known *wire.Info) {
 // Operations go on meanwhile, so the list proves something only about what was
 // there before it was asked for and has not moved since.
 func (e *Engine) resync(ctx context.Context) error {
+	e.probeUserNamespaces(ctx) // of the new one
 	v := e.view.Load()
 	was := map[id.Container]lifecycle.State{}
 	for _, c := range v.containers {

@@ -20,7 +20,7 @@ var sysctlName = regexp.MustCompile(`^[a-z0-9_-]+([./][A-Za-z0-9_:@-]+)+$`)
 // without privileges do what they may do in a namespace that is theirs alone.
 var networkDefaults = map[string]string{
 	"net/ipv4/ip_unprivileged_port_start": "0",
-	"net/ipv4/ping_group_range":           "0 2147483647",
+	pingRange:                             "0 2147483647",
 }
 
 // sysctlsOf returns the pod's sysctls by path below /proc/sys. Only those of a
@@ -57,6 +57,12 @@ func sysctlsOf(c *PodConfig) (map[string]string, error) {
 			return nil, refuse("is the whole node's; only net.*, kernel.shm*, kernel.msg*, kernel.sem and fs.mqueue.* belong to a pod")
 		}
 		out[key] = c.Sysctls[name]
+	}
+	if u := c.Namespaces.User; u != nil && out[pingRange] != "" {
+		var err error
+		if out[pingRange], err = hostPingRange(out[pingRange], u.GIDs); err != nil {
+			return nil, fmt.Errorf("linux.sysctls[net.ipv4.ping_group_range]: %w", err)
+		}
 	}
 	return out, nil
 }

@@ -9,6 +9,8 @@ type (
 	ContainerMeta   = model.ContainerMeta
 	NamespaceMode   = model.NamespaceMode
 	Namespaces      = model.Namespaces
+	IDMapping       = model.IDMapping
+	UserNamespace   = model.UserNamespace
 	ProfileType     = model.ProfileType
 	Profile         = model.Profile
 	SELinux         = model.SELinux

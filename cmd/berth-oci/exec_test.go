@@ -2,6 +2,7 @@ package main
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"net"
 	"os"
@@ -9,6 +10,7 @@ import (
 	"strconv"
 	"strings"
 	"testing"
+	"time"
 
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
@@ -259,4 +261,38 @@ func TestPassedDescriptors(t *testing.T) {
 	c.Path = "/bin/sh"
 	c.ExtraFiles = []*os.File{open("first"), open("second")}
 	b.finish(c).ok().prints("2\n1\n")
+}
+
+// A caller may start the server of the socket together with berth-oci.
+func TestDialWaitsForTheServer(t *testing.T) {
+	for _, dir := range []string{t.TempDir(), filepath.Join(t.TempDir(), strings.Repeat("long", 40))} {
+		if err := os.MkdirAll(dir, 0o700); err != nil {
+			t.Fatal(err)
+		}
+		at, err := os.Open(dir)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer at.Close()
+		done := make(chan error, 1)
+		go func() {
+			f, err := dial(filepath.Join(dir, "s"))
+			if err == nil {
+				f.Close()
+			}
+			done <- err
+		}()
+		time.Sleep(time.Millisecond) // most often the first try has failed by then
+		l, err := net.Listen("unix", fmt.Sprintf("/proc/self/fd/%d/s", at.Fd()))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer l.Close()
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+	}
+	if _, err := dial(filepath.Join(t.TempDir(), "none")); !errors.Is(err, unix.ENOENT) {
+		t.Errorf("without a server: %v", err)
+	}
 }

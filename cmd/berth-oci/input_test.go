@@ -42,8 +42,8 @@ func TestBadInputLeavesNothing(t *testing.T) {
 		"unknown namespace": {func(s *specs.Spec) { s.Linux.Namespaces[1].Type = "nope" }, "linux.namespaces"},
 		"missing bind source": {func(s *specs.Spec) {
 			s.Mounts = append(s.Mounts, specs.Mount{Destination: "/x", Type: "bind", Source: "/nosuch", Options: []string{"bind"}})
-		}, `mount "/x": source`},
-		"unknown mount option": {func(s *specs.Spec) { s.Mounts[1].Options = []string{"nosuch"} }, `mount "/dev"`},
+		}, `mounts[7] "/x": source`},
+		"unknown mount option": {func(s *specs.Spec) { s.Mounts[1].Options = []string{"nosuch"} }, `mounts[1] "/dev"`},
 		"sysctl of the host":   {func(s *specs.Spec) { s.Linux.Sysctl = map[string]string{"kernel.panic": "1"} }, "linux.sysctl"},
 		"cgroup with dots":     {func(s *specs.Spec) { s.Linux.CgroupsPath = "/a/../../b" }, "linux.cgroupsPath"},
 	} {

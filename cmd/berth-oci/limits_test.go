@@ -74,7 +74,7 @@ func TestUpdate(t *testing.T) {
 	}
 	b.do("update", "--memory", "lots", id).exits(1).says("--memory", "lots")
 	b.do("update", "--cpu-period", "-5", id).exits(1).says("--cpu-period")
-	b.do("update", "--l3-cache-schema", "L3:0=f", id).exits(1).says("l3-cache-schema")
+	b.do("update", "--l3-cache-schema", "L3:0=f", id).exits(1).says("linux.intelRdt")
 	b.do("update", "--pids-limit", "1", "nosuch").exits(1).says("container does not exist")
 	b.do("kill", id, "KILL").ok()
 	b.eventually("stopped", func() bool { return b.state(id).Status == "stopped" })

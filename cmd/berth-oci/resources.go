@@ -186,12 +186,10 @@ var limitFlags = []struct {
 		r.Pids = &specs.LinuxPids{Limit: &n}
 		return err
 	}},
-	{"l3-cache-schema", "refused: there is no Intel RDT support", refused},
-	{"mem-bw-schema", "refused: there is no Intel RDT support", refused},
 }
 
 func (a *app) updateCommand() *cobra.Command {
-	file := ""
+	file, l3Cache, memBw := "", "", ""
 	values := make([]string, len(limitFlags))
 	c := &cobra.Command{
 		Use:   "update ID",
@@ -219,11 +217,18 @@ func (a *app) updateCommand() *cobra.Command {
 				if status == state.Stopped || status == state.Creating {
 					return fmt.Errorf("%s: %w", args[0], state.ErrNotRunning)
 				}
+				if l3Cache != "" || memBw != "" {
+					if err := c.UpdateRDT(l3Cache, memBw); err != nil {
+						return err
+					}
+				}
 				return c.Update(r)
 			})
 		},
 	}
 	c.Flags().StringVarP(&file, "resources", "r", "", "file with a linux.resources object, or - for stdin; other flags are ignored then")
+	c.Flags().StringVar(&l3Cache, "l3-cache-schema", "", "Intel RDT: parts of the L3 cache to use, such as \"L3:0=7f0;1=1f\"")
+	c.Flags().StringVar(&memBw, "mem-bw-schema", "", "Intel RDT: memory bandwidth, such as \"MB:0=20;1=70\"")
 	for i, f := range limitFlags {
 		c.Flags().StringVar(&values[i], f.name, "", f.usage)
 		if strings.HasPrefix(f.name, "kernel-") {
@@ -294,10 +299,6 @@ func size(field func(*specs.LinuxResources) **int64) func(*specs.LinuxResources,
 }
 
 func ignored(*specs.LinuxResources, string) error { return nil }
-
-func refused(*specs.LinuxResources, string) error {
-	return errors.New("no support for Intel RDT; leave the flag out")
-}
 
 // parseSize reads a number of bytes with an optional unit: k, M, G, T, P, all
 // powers of 1024, with or without "B" or "iB".

@@ -15,9 +15,12 @@ type node struct {
 	cfg      *config.Config
 	handlers []sandbox.Handler
 	host     spec.Host
-	engine   interface{ Ready() error }
-	network  interface{ Ready() error }
-	pods     interface{ SetPodCIDR(string) error }
+	engine   interface {
+		Ready() error
+		UserNamespaces() error
+	}
+	network interface{ Ready() error }
+	pods    interface{ SetPodCIDR(string) error }
 }
 
 // RuntimeReady is nil when containers can be run.
@@ -37,8 +40,8 @@ func (n *node) CgroupDriverSystemd() bool { return false }
 // Handlers are the default handler, the same one under its name, and the
 // configured external runtimes.
 func (n *node) Handlers() []cri.Handler {
-	rro := n.host.RecursiveReadonly
-	out := []cri.Handler{{Name: "", RecursiveReadOnlyMounts: rro}, {Name: version.Name, RecursiveReadOnlyMounts: rro}}
+	rro, userns := n.host.RecursiveReadonly, n.engine.UserNamespaces() == nil
+	out := []cri.Handler{{RecursiveReadOnlyMounts: rro, UserNamespaces: userns}, {Name: version.Name, RecursiveReadOnlyMounts: rro, UserNamespaces: userns}}
 	for _, h := range n.handlers {
 		out = append(out, cri.Handler{Name: h.Name, RecursiveReadOnlyMounts: rro && h.RecursiveReadonly})
 	}

@@ -253,7 +253,8 @@ func (n *Network) enter() error {
 }
 
 // Attach implements cni.Network. The namespace comes from the pool if it holds
-// one. It fails with ErrAlreadyExists when a host port is taken, naming the pod
+// one; those of the pool belong to the node's user namespace, so a pod with one of
+// its own brings the namespace along and has it wired. It fails with ErrAlreadyExists when a host port is taken, naming the pod
 // that has it, and when the pod is attached already.
 func (n *Network) Attach(ctx context.Context, p cni.Pod) (cni.Attachment, *os.File, error) {
 	var none cni.Attachment
@@ -276,7 +277,7 @@ func (n *Network) Attach(ctx context.Context, p cni.Pod) (cni.Attachment, *os.Fi
 	}
 	var u undo.Stack
 	u.Push(func() error { n.forget(r); return nil })
-	w, err := n.namespace()
+	w, err := n.namespace(p.NetNS)
 	if err == nil {
 		u.Push(w.ns.Close)
 		err = n.bind(r, w, p, &u)

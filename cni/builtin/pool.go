@@ -24,8 +24,11 @@ const fillDelay = 2 * time.Millisecond
 // gone: 20 to 100 ms, and seconds when hundreds of namespaces end at once.
 const dyingLinks = 10 * time.Second
 
-// namespace returns a wired namespace, from the pool or made now.
-func (n *Network) namespace() (*ready, error) {
+// namespace returns a wired namespace, from the pool or made now, or own wired.
+func (n *Network) namespace(own *os.File) (*ready, error) {
+	if own != nil {
+		return n.wire(own)
+	}
 	n.mu.Lock()
 	var w *ready
 	if len(n.pool) > 0 {
@@ -37,13 +40,13 @@ func (n *Network) namespace() (*ready, error) {
 		n.poke()
 		return w, nil
 	}
-	return n.wire()
+	return n.wire(nil)
 }
 
-// wire makes a namespace with fresh addresses. An address that the kernel says
+// wire makes a namespace with fresh addresses, or gives own such. An address that the kernel says
 // is still on a link (of a dying namespace, or of a pod whose record was lost)
 // is passed over.
-func (n *Network) wire() (*ready, error) {
+func (n *Network) wire(own *os.File) (*ready, error) {
 	begin := time.Now()
 	for try := 0; try < attempts || time.Since(begin) < dyingLinks; try++ {
 		if try >= attempts/4 { // a small subnet, and links of pods just gone
@@ -53,7 +56,7 @@ func (n *Network) wire() (*ready, error) {
 		if err != nil {
 			return nil, err
 		}
-		cfg := wiring{link: w.link, index: w.index, ips: w.ips, src: sources(w.subnets), mtu: n.cfg.MTU, ipv6: n.ipv6}
+		cfg := wiring{link: w.link, index: w.index, ips: w.ips, src: sources(w.subnets), mtu: n.cfg.MTU, ipv6: n.ipv6, own: own}
 		err = n.threads.do(func(th *thread) (err error) {
 			w.ns, err = th.pod(cfg)
 			return err
@@ -129,7 +132,7 @@ func (n *Network) fill(ctx context.Context) {
 			if n.Ready() != nil {
 				break
 			}
-			w, err := n.wire()
+			w, err := n.wire(nil)
 			if err != nil {
 				klog.ErrorS(err, "Network: cannot prepare a pod namespace", "retry", retry)
 				if !sleep(ctx, retry) {

@@ -35,7 +35,8 @@ type wiring struct {
 	ips   []netip.Addr
 	src   map[bool]netip.Addr // node's address towards the pod, by Is4
 	mtu   int
-	ipv6  bool // the kernel has IPv6
+	ipv6  bool     // the kernel has IPv6
+	own   *os.File // namespace to wire; nil: a new one
 }
 
 func (w wiring) has6() bool {
@@ -156,8 +157,9 @@ func (t *threads) do(f func(*thread) error) error {
 // errLost is wrapped by errors after which a thread is not in the host namespace.
 var errLost = errors.New("thread could not return to the host network namespace")
 
-// pod makes a network namespace and wires it as w says. On error the namespace
-// is closed, and the kernel takes down what was built.
+// pod makes a network namespace, or takes w.own, and wires it as w says. On error
+// a new namespace is closed, and the kernel takes down what was built; one of the
+// pod's own is emptied for the next try.
 func (th *thread) pod(w wiring) (*os.File, error) {
 	// A look that costs 3 us and no lock, before a namespace is made in vain and
 	// adds to the teardown that is being waited for. The kernel has the last word.
@@ -171,6 +173,14 @@ func (th *thread) pod(w wiring) (*os.File, error) {
 	defer unix.Close(rt)
 	fail := func(what string, err error) (*os.File, error) {
 		ns.Close()
+		if w.own != nil {
+			// Through the pod's end: a link of the node's with this name may be another's.
+			var m batch
+			m.add("delete link", unix.RTM_DELLINK, request, func() { m.ifinfo(podIfindex, 0) })
+			if e := m.send(rt); e != nil && !errors.Is(e, unix.ENODEV) {
+				err = errors.Join(err, e)
+			}
+		}
 		return nil, fmt.Errorf("wire pod link %s: %s: %w", w.link, what, err)
 	}
 	if err := th.hostSide(w, int(ns.Fd())); err != nil {
@@ -194,10 +204,15 @@ func (th *thread) pod(w wiring) (*os.File, error) {
 	return ns, nil
 }
 
-// newNamespace makes a network namespace with its IPv6 defaults set and a
-// route socket inside, and comes back.
+// newNamespace makes a network namespace, or enters w.own, with its IPv6 defaults
+// set and a route socket inside, and comes back.
 func (th *thread) newNamespace(w wiring) (ns *os.File, rt int, err error) {
-	if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
+	if w.own != nil {
+		err = unix.Setns(int(w.own.Fd()), unix.CLONE_NEWNET)
+	} else {
+		err = unix.Unshare(unix.CLONE_NEWNET)
+	}
+	if err != nil {
 		return nil, -1, fmt.Errorf("make network namespace: %w", err)
 	}
 	rt = -1

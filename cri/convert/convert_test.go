@@ -9,6 +9,7 @@ import (
 
 	"github.com/containerd/errdefs"
 	digest "github.com/opencontainers/go-digest"
+	"google.golang.org/protobuf/proto"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/berth-runtime/berth/cni"
@@ -90,11 +91,25 @@ func TestPodErrors(t *testing.T) {
 		{"userns of the host with ids", "userns_options", func(c P) {
 			ns(c).UsernsOptions = &runtimeapi.UserNamespace{Mode: runtimeapi.NamespaceMode_NODE, Uids: line}
 		}},
-		{"userns of the pod", "userns_options", func(c P) {
+		{"userns of the pod", "", func(c P) {
 			ns(c).UsernsOptions = &runtimeapi.UserNamespace{Mode: runtimeapi.NamespaceMode_POD, Uids: line, Gids: line}
 		}},
-		{"two lines", "userns_options", func(c P) {
+		{"userns without ids", "userns_options.uids", func(c P) { ns(c).UsernsOptions = &runtimeapi.UserNamespace{} }},
+		{"userns without groups", "userns_options.gids", func(c P) { ns(c).UsernsOptions = &runtimeapi.UserNamespace{Uids: line} }},
+		{"two lines", "userns_options.uids", func(c P) {
 			ns(c).UsernsOptions = &runtimeapi.UserNamespace{Uids: append(line, line...), Gids: line}
+		}},
+		{"no root", "userns_options.gids[0].container_id", func(c P) {
+			ns(c).UsernsOptions = &runtimeapi.UserNamespace{Uids: line, Gids: []*runtimeapi.IDMapping{{ContainerId: 1, HostId: 65536, Length: 65536}}}
+		}},
+		{"no ids", "userns_options.uids[0].length", func(c P) {
+			ns(c).UsernsOptions = &runtimeapi.UserNamespace{Uids: []*runtimeapi.IDMapping{{HostId: 65536}}, Gids: line}
+		}},
+		{"beyond the last id", "userns_options.uids[0]", func(c P) {
+			ns(c).UsernsOptions = &runtimeapi.UserNamespace{Uids: []*runtimeapi.IDMapping{{HostId: 1 << 31, Length: 1 << 31}}, Gids: line}
+		}},
+		{"userns mode unknown", "userns_options.mode", func(c P) {
+			ns(c).UsernsOptions = &runtimeapi.UserNamespace{Mode: 9, Uids: line, Gids: line}
 		}},
 		{"userns of the container", "userns_options.mode", func(c P) { ns(c).UsernsOptions = &runtimeapi.UserNamespace{Mode: runtimeapi.NamespaceMode_CONTAINER} }},
 		{"userns of a target", "userns_options.mode", func(c P) { ns(c).UsernsOptions = &runtimeapi.UserNamespace{Mode: runtimeapi.NamespaceMode_TARGET} }},
@@ -155,6 +170,32 @@ func TestPodValues(t *testing.T) {
 	}
 }
 
+// TestUserNamespaceEcho: statuses give a user namespace and a mount's mappings back
+// as they were asked for, and none where there was none.
+func TestUserNamespaceEcho(t *testing.T) {
+	want := &runtimeapi.UserNamespace{
+		Mode: runtimeapi.NamespaceMode_POD,
+		Uids: []*runtimeapi.IDMapping{{HostId: 65536, Length: 65536}}, Gids: []*runtimeapi.IDMapping{{HostId: 131072, Length: 1000}},
+	}
+	for _, u := range []*runtimeapi.UserNamespace{nil, want} {
+		c, err := PodConfig(pod(func(c *runtimeapi.PodSandboxConfig) { c.Linux.SecurityContext.NamespaceOptions.UsernsOptions = u }), "")
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := PodStatus(&sandbox.PodStatus{Config: c}).Linux.Namespaces.Options.UsernsOptions; !proto.Equal(got, u) {
+			t.Errorf("echo %v, want %v", got, u)
+		}
+	}
+	m := &runtimeapi.Mount{ContainerPath: "/a", HostPath: "/b", UidMappings: want.Uids, GidMappings: want.Gids}
+	v, err := mount("m", m)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := mountProto(&v); !proto.Equal(got, m) {
+		t.Errorf("echo %v, want %v", got, m)
+	}
+}
+
 func TestContainerErrors(t *testing.T) {
 	type C = *runtimeapi.ContainerConfig
 	sec := func(c C) *runtimeapi.LinuxContainerSecurityContext { return c.Linux.SecurityContext }
@@ -187,7 +228,9 @@ func TestContainerErrors(t *testing.T) {
 		{"recursive with propagation", "recursive_read_only", mnt(&runtimeapi.Mount{ContainerPath: "/a", HostPath: "/b", RecursiveReadOnly: true, Readonly: true, Propagation: 1})},
 		{"recursive", "", mnt(&runtimeapi.Mount{ContainerPath: "/a", HostPath: "/b", RecursiveReadOnly: true, Readonly: true})},
 		{"propagation", "propagation", mnt(&runtimeapi.Mount{ContainerPath: "/a", HostPath: "/b", Propagation: 7})},
-		{"mappings", "uidMappings", mnt(&runtimeapi.Mount{ContainerPath: "/a", HostPath: "/b", UidMappings: []*runtimeapi.IDMapping{{}}})},
+		{"mappings of users alone", "uidMappings", mnt(&runtimeapi.Mount{ContainerPath: "/a", HostPath: "/b", UidMappings: []*runtimeapi.IDMapping{{Length: 1}}})},
+		{"mappings", "", mnt(&runtimeapi.Mount{ContainerPath: "/a", HostPath: "/b", UidMappings: []*runtimeapi.IDMapping{{Length: 1}}, GidMappings: []*runtimeapi.IDMapping{{Length: 1}}})},
+		{"mapping of nothing", "gidMappings[0].length", mnt(&runtimeapi.Mount{ContainerPath: "/a", HostPath: "/b", UidMappings: []*runtimeapi.IDMapping{{Length: 1}}, GidMappings: []*runtimeapi.IDMapping{{}}})},
 		{"options", "mount_options", mnt(&runtimeapi.Mount{ContainerPath: "/a", HostPath: "/b", MountOptions: []string{"noexec"}})},
 		{"user twice", "run_as_username", func(c C) { sec(c).RunAsUser = &runtimeapi.Int64Value{}; sec(c).RunAsUsername = "n" }},
 		{"group without user", "run_as_group", func(c C) { sec(c).RunAsGroup = &runtimeapi.Int64Value{Value: 5} }},

@@ -30,8 +30,8 @@ func mount(field string, m *runtimeapi.Mount) (sandbox.Mount, error) {
 		return out, invalid(field+".host_path", "%q is not an absolute path", m.HostPath)
 	case strings.ContainsRune(m.ContainerPath, 0) || strings.ContainsRune(m.HostPath, 0):
 		return out, invalid(field, "a path has a NUL byte")
-	case len(m.UidMappings) > 0 || len(m.GidMappings) > 0:
-		return out, invalid(field+".uidMappings", "id-mapped mounts need user namespaces, which this version does not offer; drop uidMappings and gidMappings")
+	case (len(m.UidMappings) > 0) != (len(m.GidMappings) > 0):
+		return out, invalid(field+".uidMappings", "%d uidMappings and %d gidMappings; give both or none", len(m.UidMappings), len(m.GidMappings))
 	case len(m.MountOptions) > 0:
 		return out, invalid(field+".mount_options", "not offered by this version (features.mount_options is false); drop them")
 	case m.Image.GetImage() != "" && !m.Readonly:
@@ -50,6 +50,14 @@ func mount(field string, m *runtimeapi.Mount) (sandbox.Mount, error) {
 			return out, invalid(field+".recursive_read_only", "needs propagation PROPAGATION_PRIVATE, got %s", m.Propagation)
 		}
 	}
+	uids, err := idMappings(field+".uidMappings", m.UidMappings)
+	if err != nil {
+		return out, err
+	}
+	gids, err := idMappings(field+".gidMappings", m.GidMappings)
+	if err != nil {
+		return out, err
+	}
 	return sandbox.Mount{
 		ContainerPath:     m.ContainerPath,
 		HostPath:          m.HostPath,
@@ -61,6 +69,8 @@ func mount(field string, m *runtimeapi.Mount) (sandbox.Mount, error) {
 		ImageRef:          m.Image.GetImageRef(),
 		ImageUser:         m.Image.GetUserSpecifiedImage(),
 		ImageSubPath:      m.ImageSubPath,
+		UIDMappings:       uids,
+		GIDMappings:       gids,
 	}, nil
 }
 
@@ -76,6 +86,8 @@ func mountProto(m *sandbox.Mount) *runtimeapi.Mount {
 		SelinuxRelabel:    m.SELinuxRelabel,
 		Propagation:       runtimeapi.MountPropagation(m.Propagation),
 		ImageSubPath:      m.ImageSubPath,
+		UidMappings:       idMappingsProto(m.UIDMappings...),
+		GidMappings:       idMappingsProto(m.GIDMappings...),
 	}
 	if m.Image != "" {
 		out.Image = &runtimeapi.ImageSpec{Image: m.Image, ImageRef: m.ImageRef, UserSpecifiedImage: m.ImageUser}

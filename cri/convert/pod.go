@@ -229,6 +229,8 @@ func PodStatus(p *sandbox.PodStatus) *runtimeapi.PodSandboxStatus {
 			Pid:      runtimeapi.NamespaceMode(n.PID),
 			Ipc:      runtimeapi.NamespaceMode(n.IPC),
 			TargetId: string(n.TargetID),
+
+			UsernsOptions: usernsProto(n.User),
 		}}},
 		Labels:         p.Config.Labels,
 		Annotations:    p.Config.Annotations,

@@ -41,7 +41,8 @@ func namespaces(field string, o *runtimeapi.NamespaceOption, allowTarget bool) (
 	default:
 		return n, invalid(field+".pid", "unknown mode %d; use POD, CONTAINER, NODE or TARGET", int32(o.Pid))
 	}
-	if err := userns(field+".userns_options", o.UsernsOptions); err != nil {
+	var err error
+	if n.User, err = userns(field+".userns_options", o.UsernsOptions); err != nil {
 		return n, err
 	}
 	n.Network = sandbox.NamespaceMode(o.Network)
@@ -50,23 +51,75 @@ func namespaces(field string, o *runtimeapi.NamespaceOption, allowTarget bool) (
 	return n, nil
 }
 
-// userns accepts only the host's user namespace. nil means that too: the API
+// userns reads the user namespace; nil is the node's. So is a nil message: the API
 // text says POD, but the kubelet sends nil for pods without user namespaces.
-func userns(field string, u *runtimeapi.UserNamespace) error {
+func userns(field string, u *runtimeapi.UserNamespace) (*sandbox.UserNamespace, error) {
 	if u == nil {
-		return nil
+		return nil, nil
 	}
 	switch u.Mode {
 	case runtimeapi.NamespaceMode_NODE:
 		if len(u.Uids) > 0 || len(u.Gids) > 0 {
-			return invalid(field, "mode NODE takes no id mappings; drop uids and gids")
+			return nil, invalid(field, "mode NODE takes no id mappings; drop uids and gids")
 		}
-		return nil
+		return nil, nil
 	case runtimeapi.NamespaceMode_POD:
-		return invalid(field, "user namespaces are not offered by this version; use mode NODE or leave it out (hostUsers: true in the pod)")
 	default:
-		return invalid(field+".mode", "%s is not possible; use NODE", u.Mode)
+		return nil, invalid(field+".mode", "%s is not possible; use POD or NODE", u.Mode)
 	}
+	var out sandbox.UserNamespace
+	for _, x := range []struct {
+		field string
+		lines []*runtimeapi.IDMapping
+		to    *sandbox.IDMapping
+	}{{field + ".uids", u.Uids, &out.UIDs}, {field + ".gids", u.Gids, &out.GIDs}} {
+		if len(x.lines) != 1 {
+			return nil, invalid(x.field, "%d mappings; mode POD takes exactly one", len(x.lines))
+		}
+		lines, err := idMappings(x.field, x.lines)
+		if err != nil {
+			return nil, err
+		}
+		if *x.to = lines[0]; x.to.Container != 0 {
+			return nil, invalid(x.field+"[0].container_id", "%d; the mapping must begin with 0, the pod's root", x.to.Container)
+		}
+	}
+	return &out, nil
+}
+
+// idMappings reads ranges of ids.
+func idMappings(field string, in []*runtimeapi.IDMapping) ([]sandbox.IDMapping, error) {
+	var out []sandbox.IDMapping
+	for i, m := range in {
+		v := sandbox.IDMapping{Container: m.GetContainerId(), Host: m.GetHostId(), Length: m.GetLength()}
+		at := field + "[" + itoa(i) + "]"
+		if v.Length == 0 {
+			return nil, invalid(at+".length", "0; give the number of ids")
+		}
+		// The last id stands for "none".
+		if uint64(v.Container)+uint64(v.Length) > math.MaxUint32 || uint64(v.Host)+uint64(v.Length) > math.MaxUint32 {
+			return nil, invalid(at, "goes beyond the last id, %d", uint32(math.MaxUint32-1))
+		}
+		out = append(out, v)
+	}
+	return out, nil
+}
+
+func idMappingsProto(in ...sandbox.IDMapping) []*runtimeapi.IDMapping {
+	var out []*runtimeapi.IDMapping
+	for _, m := range in {
+		out = append(out, &runtimeapi.IDMapping{ContainerId: m.Container, HostId: m.Host, Length: m.Length})
+	}
+	return out
+}
+
+// usernsProto gives a user namespace back; nothing for the node's, as clients
+// without user namespaces know it.
+func usernsProto(u *sandbox.UserNamespace) *runtimeapi.UserNamespace {
+	if u == nil {
+		return nil
+	}
+	return &runtimeapi.UserNamespace{Mode: runtimeapi.NamespaceMode_POD, Uids: idMappingsProto(u.UIDs), Gids: idMappingsProto(u.GIDs)}
 }
 
 // profile reads a seccomp or AppArmor profile: the message, or else the

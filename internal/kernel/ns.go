@@ -42,6 +42,15 @@ func (n Namespace) OpenCurrent() (*os.File, error) {
 	return os.Open("/proc/thread-self/ns/" + string(n))
 }
 
+// Dup returns a copy of the descriptor, which the caller closes.
+func Dup(f *os.File) (*os.File, error) {
+	fd, err := unix.FcntlInt(f.Fd(), unix.F_DUPFD_CLOEXEC, 3)
+	if err != nil {
+		return nil, fmt.Errorf("dup %s: %w", f.Name(), err)
+	}
+	return os.NewFile(uintptr(fd), f.Name()), nil
+}
+
 // NewNamespaces makes one new namespace of each kind and returns them open, in
 // order. in runs inside them, on a thread of its own, before they are returned;
 // it may be nil. No process is needed: the fds hold the namespaces.
@@ -120,6 +129,25 @@ func SetFSIDs(uid, gid uint32) error {
 	if now, _, _ := unix.RawSyscall(unix.SYS_SETFSUID, ^uintptr(0), 0, 0); uint32(now) != uid {
 		return fmt.Errorf("setfsuid %d: %w", uid, unix.EPERM)
 	}
+	return raisePermitted()
+}
+
+// SetEffectiveIDs makes the calling thread act as the given user and group, and
+// leaves it its capabilities. The thread must be one of OnThread.
+func SetEffectiveIDs(uid, gid uint32) error {
+	const keep = ^uintptr(0)
+	// The calls of package unix change all threads of the process.
+	if _, _, e := unix.RawSyscall(unix.SYS_SETRESGID, keep, uintptr(gid), keep); e != 0 {
+		return fmt.Errorf("setresgid %d: %w", gid, e)
+	}
+	if _, _, e := unix.RawSyscall(unix.SYS_SETRESUID, keep, uintptr(uid), keep); e != 0 {
+		return fmt.Errorf("setresuid %d: %w", uid, e)
+	}
+	return raisePermitted()
+}
+
+// raisePermitted makes all permitted capabilities of the calling thread effective.
+func raisePermitted() error {
 	head := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
 	var data [2]unix.CapUserData
 	if err := unix.Capget(&head, &data[0]); err != nil {

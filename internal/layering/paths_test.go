@@ -42,13 +42,14 @@ var mayResolve = map[string][]string{
 	"oci/embedded/assemble.go":   {"name: unix.Openat2"},                                                                                           // below a root, through no link at all
 	"oci/embedded/caps.go":       {"host: os.Open os.ReadFile"},
 	"oci/embedded/copyup.go":     {"name: unix.Fchmodat unix.Fchownat unix.Linkat unix.Mkdirat unix.Mknodat unix.Openat unix.Openat2 unix.Readlinkat unix.Statx unix.Symlinkat unix.UtimesNanoAt"},
-	"oci/embedded/created.go":    {"host: unix.Open unix.Mkfifo"},                                               // the gate, in the state directory
-	"oci/embedded/dev.go":        {"name: unix.Fchownat unix.Mknodat unix.Openat unix.Symlinkat unix.Unlinkat"}, // in our tmpfs, or the parent that MakeInRoot opened
-	"oci/embedded/elf.go":        {"name: unix.Openat"},                                                         // in our tmpfs
-	"oci/embedded/holder.go":     {"host: os.OpenFile"},                                                         // our own program
-	"oci/embedded/intelrdt.go":   {"host: os.OpenFile os.ReadFile os.Stat unix.Mkdir unix.Rmdir"},               // resctrl
-	"oci/embedded/namespaces.go": {"host: os.OpenFile", "name: unix.Openat unix.Openat2"},                       // paths of the spec; our procfs
-	"oci/embedded/overlay.go":    {"host: os.OpenFile unix.Chdir unix.Mount"},                                   // layers, in a namespace of its own
+	"oci/embedded/created.go":    {"host: unix.Open unix.Mkfifo"},                                                  // the gate, in the state directory
+	"oci/embedded/dev.go":        {"name: unix.Fchownat unix.Mknodat unix.Openat unix.Symlinkat unix.Unlinkat"},    // in our tmpfs, or the parent that MakeInRoot opened
+	"oci/embedded/elf.go":        {"name: unix.Openat"},                                                            // in our tmpfs
+	"oci/embedded/holder.go":     {"host: os.OpenFile"},                                                            // our own program
+	"oci/embedded/idroot.go":     {"host: os.ReadFile unix.Mount", "name: unix.Mkdirat unix.MoveMount unix.Statx"}, // layers, in a namespace of its own
+	"oci/embedded/intelrdt.go":   {"host: os.OpenFile os.ReadFile os.Stat unix.Mkdir unix.Rmdir"},                  // resctrl
+	"oci/embedded/namespaces.go": {"host: os.OpenFile", "name: unix.Openat unix.Openat2"},                          // paths of the spec; our procfs
+	"oci/embedded/overlay.go":    {"host: os.OpenFile unix.Chdir unix.Mount"},                                      // layers, in a namespace of its own
 	"oci/embedded/plan.go":       {"host: os.Stat"},
 	"oci/embedded/process.go":    {"host: os.ReadFile os.Stat"},
 	"oci/embedded/protect.go":    {"name: unix.Fstatat"},                                                      // in our procfs

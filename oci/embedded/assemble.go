@@ -45,8 +45,9 @@ type procMask struct {
 }
 
 type procBind struct {
-	rel  string
-	file *os.File // detached
+	field string
+	rel   string
+	file  *os.File // detached
 }
 
 // assembly is the thread-bound work of Create.
@@ -150,7 +151,7 @@ func (a *assembly) attach(p *prepared) error {
 			if err != nil {
 				return err
 			}
-			a.procs[i].binds = append(a.procs[i].binds, procBind{rel, f})
+			a.procs[i].binds = append(a.procs[i].binds, procBind{p.field, rel, f})
 			return nil
 		}
 	}

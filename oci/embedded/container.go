@@ -7,6 +7,7 @@ import (
 	"os"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"github.com/containerd/errdefs"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
@@ -140,6 +141,9 @@ func (c *Container) Resume() error {
 	return cg.Thaw()
 }
 
+// poststopTime bounds the hooks of a removal that have no timeout of their own.
+const poststopTime = 2 * time.Minute
+
 // Delete implements oci.Container.
 func (c *Container) Delete() error {
 	c.mu.Lock()
@@ -160,9 +164,11 @@ func (c *Container) Delete() error {
 	c.deleted = true
 	if h := c.plan.spec.Hooks; h != nil && len(h.Poststop) > 0 {
 		// All run, and none keeps the container: it is gone already.
+		ctx, cancel := context.WithTimeout(context.Background(), poststopTime)
+		defer cancel()
 		state := c.hookState(specs.StateStopped, 0)
 		for i := range h.Poststop {
-			if err := runHooks(context.Background(), "poststop", h.Poststop[i:i+1], state, c.bundle); err != nil {
+			if err := runHooks(ctx, "poststop", h.Poststop[i:i+1], state, c.bundle); err != nil {
 				c.rt.log.Warn("hook failed", "container", string(c.id), "error", err)
 			}
 		}

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -90,6 +91,7 @@ type Saved struct {
 	// Cgroups are the cgroup's directories (CgroupPaths): the path in the spec may
 	// be relative to the cgroup of the process that made the container.
 	Cgroups map[string]string `json:"cgroups,omitempty"`
+	RDT     *rdt              `json:"rdt,omitempty"`
 	Tail    Tail              `json:"tail"`
 }
 
@@ -181,7 +183,7 @@ func (c *Container) Save() (Saved, error) {
 	if err != nil {
 		return Saved{}, err
 	}
-	s := Saved{ID: c.id, Bundle: c.bundle, Spec: c.plan.spec, Pid: c.pid, Started: started, Tail: c.tail}
+	s := Saved{ID: c.id, Bundle: c.bundle, Spec: c.plan.spec, Pid: c.pid, Started: started, RDT: c.rdt, Tail: c.tail}
 	if c.cgroup != nil {
 		s.Cgroups = c.cgroup.Paths()
 	}
@@ -231,10 +233,8 @@ func (r *Runtime) Reopen(s Saved) (_ *Container, err error) {
 			return nil, err
 		}
 	}
-	if s.Spec.Linux.IntelRdt != nil {
-		if c.rdt, err = openRDT(s.ID, s.Spec.Linux.IntelRdt); err != nil {
-			return nil, err
-		}
+	if c.rdt = s.RDT; c.rdt == nil && s.Spec.Linux.IntelRdt != nil {
+		c.rdt = leftRDT(s.ID, s.Spec.Linux.IntelRdt) // written down before it was created
 	}
 	return c, c.findInit(s.Started)
 }
@@ -255,6 +255,13 @@ func (c *Container) findInit(started string) error {
 			return err
 		}
 		if c.joinFiles, err = c.cgroup.JoinFiles(); err != nil {
+			return err
+		}
+	}
+	if c.rdt != nil {
+		files, err := c.rdt.taskFiles()
+		c.joinFiles = append(c.joinFiles, files...)
+		if err != nil && !errors.Is(err, fs.ErrNotExist) { // removed by its administrator: the default group has the rest, too
 			return err
 		}
 	}

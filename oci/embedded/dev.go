@@ -49,7 +49,7 @@ func (a *assembly) fillDev(p *prepared) error {
 		if !ok {
 			continue
 		}
-		err := makeDevice(dev, rel, d)
+		err := makeDevice(dev, rel, d, a.plan.maps)
 		if errors.Is(err, unix.EPERM) && a.rt.nested {
 			if hasDefault(rel) {
 				continue // bound already
@@ -95,8 +95,9 @@ func (a *assembly) bindDevice(p *prepared, name, path string, kind uint32, rdev 
 	return at.Close()
 }
 
-// makeDevice makes a node below root by the parent's descriptor.
-func makeDevice(root *os.File, p string, d *specs.LinuxDevice) error {
+// makeDevice makes a node below root by the parent's descriptor. An owner that
+// the container's user namespace does not have is its root.
+func makeDevice(root *os.File, p string, d *specs.LinuxDevice, maps idMaps) error {
 	var mode uint32
 	switch d.Type {
 	case "c", "u":
@@ -134,14 +135,18 @@ func makeDevice(root *os.File, p string, d *specs.LinuxDevice) error {
 	if err != nil {
 		return fmt.Errorf("mknod: %w", err)
 	}
-	uid, gid := 0, 0
-	if d.UID != nil {
-		uid = int(*d.UID)
+	uid, gid := -1, -1 // the thread's, which is the container's root
+	if d.UID != nil && *d.UID != 0 {
+		if id, ok := maps.uid(*d.UID); ok {
+			uid = int(id)
+		}
 	}
-	if d.GID != nil {
-		gid = int(*d.GID)
+	if d.GID != nil && *d.GID != 0 {
+		if id, ok := maps.gid(*d.GID); ok {
+			gid = int(id)
+		}
 	}
-	if uid != 0 || gid != 0 {
+	if uid >= 0 || gid >= 0 {
 		if err := unix.Fchownat(fd, name, uid, gid, unix.AT_SYMLINK_NOFOLLOW); err != nil {
 			return fmt.Errorf("chown: %w", err)
 		}
@@ -157,7 +162,7 @@ func (a *assembly) finishDev() error {
 		if inDev && (a.dev != nil || a.bound("/dev")) {
 			continue
 		}
-		if err := makeDevice(a.root, strings.TrimPrefix(path.Clean(d.Path), "/"), d); err != nil {
+		if err := makeDevice(a.root, strings.TrimPrefix(path.Clean(d.Path), "/"), d, a.plan.maps); err != nil {
 			return fmt.Errorf("linux.devices %q: %w", d.Path, err)
 		}
 	}

@@ -75,7 +75,7 @@ func (c *Container) enterRoot(s *script) {
 // directory is the container's root.
 func (c *Container) mountProc(s *script) {
 	for _, m := range c.procs {
-		name := fmt.Sprintf("mount %q: ", m.dest)
+		name := fmt.Sprintf("%s %q: ", m.field, m.dest)
 		f := s.do(name+"fsopen", unix.SYS_FSOPEN, "proc", unix.FSOPEN_CLOEXEC).out()
 		if m.source != "" { // what the table of mounts shows
 			s.do(name+"source", unix.SYS_FSCONFIG, f, unix.FSCONFIG_SET_STRING, "source", m.source, 0)
@@ -97,7 +97,7 @@ func (c *Container) mountProc(s *script) {
 			s.do(name+"move_mount", unix.SYS_MOVE_MOUNT, proc, "", s.fd(m.at), "", unix.MOVE_MOUNT_F_EMPTY_PATH|unix.MOVE_MOUNT_T_EMPTY_PATH)
 		}
 		for _, b := range m.binds {
-			s.do(fmt.Sprintf("mount %q: move_mount", path.Join(m.dest, b.rel)), unix.SYS_MOVE_MOUNT, s.fd(b.file), "", proc, b.rel, unix.MOVE_MOUNT_F_EMPTY_PATH)
+			s.do(fmt.Sprintf("%s %q: move_mount", b.field, path.Join(m.dest, b.rel)), unix.SYS_MOVE_MOUNT, s.fd(b.file), "", proc, b.rel, unix.MOVE_MOUNT_F_EMPTY_PATH)
 		}
 		for _, rel := range m.readonly {
 			name := fmt.Sprintf("linux.readonlyPaths %q: ", path.Join(m.dest, rel))

@@ -1,6 +1,7 @@
 package embedded
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -96,7 +97,15 @@ func TestIDMappedMounts(t *testing.T) {
 	r := runtimeFor(t)
 	src := t.TempDir()
 	write(t, src+"/file", "x")
-	hostMount(t, src+"/sub")
+	// A mount below, of a filesystem that every kernel can idmap.
+	if err := errors.Join(os.Mkdir(src+"/sub", 0o755), unix.Mount(t.TempDir(), src+"/sub", "", unix.MS_BIND, "")); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := unix.Unmount(src+"/sub", 0); err != nil {
+			t.Error(err)
+		}
+	})
 	write(t, src+"/sub/inner", "x")
 	for _, p := range []string{src, src + "/file", src + "/sub", src + "/sub/inner"} {
 		if err := os.Chown(p, 1000, 1000); err != nil {

@@ -38,15 +38,60 @@ func openRDT(id id.Container, c *specs.LinuxIntelRdt) (*rdt, error) {
 	if err := checkRDT(id, c); err != nil {
 		return nil, err
 	}
-	info, err := os.ReadFile("/proc/self/mountinfo")
+	root, err := findResctrl()
 	if err != nil {
-		return nil, fmt.Errorf("linux.intelRdt: %w", err)
+		return nil, err
 	}
-	root := resctrlRoot(string(info))
 	if root == "" {
 		return nil, fmt.Errorf("linux.intelRdt: no resctrl filesystem is mounted; mount it with \"mount -t resctrl resctrl /sys/fs/resctrl\" where the processor and the kernel have it, or remove the field: %w", errdefs.ErrFailedPrecondition)
 	}
 	return openRDTAt(resctrl{root, func(dir string) error { return unix.Mkdir(dir, 0o755) }, unix.Rmdir}, id, c)
+}
+
+// leftRDT is what openRDT may have left when its process was killed.
+func leftRDT(id id.Container, c *specs.LinuxIntelRdt) *rdt {
+	root, err := findResctrl()
+	if err != nil || root == "" || checkRDT(id, c) != nil {
+		return nil
+	}
+	r := &rdt{Group: filepath.Join(root, string(id)), Made: true}
+	if c.ClosID != "" {
+		r = &rdt{Group: filepath.Join(root, c.ClosID)}
+	}
+	if c.EnableMonitoring {
+		r.Monitor = filepath.Join(r.Group, "mon_groups", string(id))
+	}
+	return r
+}
+
+// UpdateRDT writes new values of linux.intelRdt.l3CacheSchema and memBwSchema;
+// "" leaves one as it is. The container's spec must have linux.intelRdt.
+func (c *Container) UpdateRDT(l3Cache, memBw string) error {
+	if c.rdt == nil {
+		return fmt.Errorf("container %s: its spec has no linux.intelRdt, so it is in no group of resctrl that could be changed: %w", c.id, errdefs.ErrFailedPrecondition)
+	}
+	root, err := findResctrl()
+	if err != nil {
+		return err
+	}
+	return c.rdt.update(resctrl{root: root}, l3Cache, memBw)
+}
+
+func (r *rdt) update(on resctrl, l3Cache, memBw string) error {
+	now := &specs.LinuxIntelRdt{ClosID: "/", L3CacheSchema: l3Cache, MemBwSchema: memBw}
+	if err := checkRDT("", now); err != nil {
+		return err
+	}
+	return on.writeSchemata(r.Group, now, false)
+}
+
+// findResctrl finds where resctrl is mounted, "" if it is not.
+func findResctrl() (string, error) {
+	info, err := os.ReadFile("/proc/self/mountinfo")
+	if err != nil {
+		return "", fmt.Errorf("linux.intelRdt: %w", err)
+	}
+	return resctrlRoot(string(info)), nil
 }
 
 // resctrl is a mounted resctrl filesystem.

@@ -252,3 +252,50 @@ func TestRDTRefused(t *testing.T) {
 		}
 	}
 }
+
+func TestRDTUpdate(t *testing.T) {
+	on := fakeResctrl(t)
+	r, err := openRDTAt(on, "c1", &specs.LinuxIntelRdt{L3CacheSchema: "L3:0=f"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := r.update(on, "L3:0=3", ""); err != nil {
+		t.Fatal(err)
+	}
+	if got := on.schemata(t, "c1"); !strings.HasPrefix(got, "L3:0=3\n") {
+		t.Errorf("schemata %q", got)
+	}
+	if err := r.update(on, "", "MB:0=20"); err != nil {
+		t.Fatal(err)
+	}
+	if got := on.schemata(t, "c1"); !strings.HasPrefix(got, "MB:0=20\n") {
+		t.Errorf("schemata %q", got)
+	}
+	refused(t, r.update(on, "", "L3:0=1"), "linux.intelRdt.memBwSchema")
+	refused(t, r.update(on, "L3:0=1\nMB:0=1", ""), "linux.intelRdt.l3CacheSchema")
+	none := &Container{id: "c1"}
+	if err := none.UpdateRDT("L3:0=1", ""); !errdefs.IsFailedPrecondition(err) {
+		t.Errorf("without a group: %v", err)
+	}
+}
+
+// TestRDTSurvivesTheCommand: a group is deleted, and not written again, by a
+// command that knows it from the record.
+func TestRDTSurvivesTheCommand(t *testing.T) {
+	on := fakeResctrl(t)
+	made, err := openRDTAt(on, "c1", &specs.LinuxIntelRdt{L3CacheSchema: "L3:0=f", EnableMonitoring: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	b, err := json.Marshal(Saved{RDT: made})
+	if err != nil {
+		t.Fatal(err)
+	}
+	var s Saved
+	if err := json.Unmarshal(b, &s); err != nil || s.RDT == nil || *s.RDT != *made {
+		t.Fatalf("%s: %+v, %v", b, s.RDT, err)
+	}
+	if err := s.RDT.deleteFrom(on); err != nil || on.has("c1") {
+		t.Errorf("delete: %v, group is there: %v", err, on.has("c1"))
+	}
+}

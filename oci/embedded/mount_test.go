@@ -100,7 +100,7 @@ func TestReadonlyRoot(t *testing.T) {
 	c = newContainer(t)
 	c.req.Rootfs.Upper, c.req.Rootfs.Work = "", ""
 	c.req.Spec.Mounts = append(c.req.Spec.Mounts, specs.Mount{Destination: "/new/dir", Type: "tmpfs", Source: "tmpfs"})
-	if _, err := r.Create(context.Background(), c.req); !errors.Is(err, unix.EROFS) || !strings.Contains(err.Error(), `mount "/new/dir"`) {
+	if _, err := r.Create(context.Background(), c.req); !errors.Is(err, unix.EROFS) || !strings.Contains(err.Error(), `] "/new/dir"`) {
 		t.Errorf("create: %v", err)
 	}
 }
@@ -184,7 +184,7 @@ func TestProcMustBeReal(t *testing.T) {
 			t.Fatal(err)
 		}
 		_, err := r.Create(context.Background(), c.req)
-		if !errors.Is(err, errdefs.ErrInvalidArgument) || !strings.Contains(err.Error(), `mount "/`+name+`"`) {
+		if !errors.Is(err, errdefs.ErrInvalidArgument) || !strings.Contains(err.Error(), `] "/`+name+`"`) {
 			t.Errorf("/%s as symlink: %v", name, err)
 		}
 	}

@@ -102,7 +102,11 @@ func (a *assembly) openNS(t specs.LinuxNamespaceType) (*os.File, error) {
 	if f := a.req.Namespaces[t]; f != nil {
 		return dup(f)
 	}
-	path := a.plan.ns[t].path
+	return openNSPath(t, a.plan.ns[t].path)
+}
+
+// openNSPath opens a namespace of type t by its path.
+func openNSPath(t specs.LinuxNamespaceType, path string) (*os.File, error) {
 	f, err := os.OpenFile(path, unix.O_RDONLY|unix.O_NONBLOCK, 0) // a FIFO there must not block
 	if err != nil {
 		return nil, fmt.Errorf("path: %w", err)

@@ -82,7 +82,7 @@ func (a *assembly) buildRoot() error {
 	}
 	for i := range a.mounts {
 		if err := a.attach(&a.mounts[i]); err != nil {
-			return fmt.Errorf("mount %q: %w", a.mounts[i].dest, err)
+			return fmt.Errorf("%s %q: %w", a.mounts[i].field, a.mounts[i].dest, err)
 		}
 	}
 	if err := a.finishDev(); err != nil {

@@ -16,8 +16,9 @@ import (
 const maxFSString = 255
 
 // openRootfs makes the container's root as a detached mount: an overlay, a
-// read-only bind of a single layer, or a bind of a bundle's directory.
-func openRootfs(r oci.Rootfs, path string) (*os.File, error) {
+// read-only bind of a single layer, or a bind of a bundle's directory. user is
+// the user namespace that the layers are idmapped with; nil leaves them as they are.
+func openRootfs(r oci.Rootfs, path string, user *os.File) (*os.File, error) {
 	if len(r.Lowers) == 0 {
 		if path == "" {
 			return nil, invalid("root.path: missing")
@@ -28,7 +29,16 @@ func openRootfs(r oci.Rootfs, path string) (*os.File, error) {
 		return nil, invalid("rootfs: upper and work go together")
 	}
 	if r.Upper == "" && len(r.Lowers) == 1 {
-		return cloneRoot("rootfs.lowers", r.Lowers[0], unix.MOUNT_ATTR_RDONLY)
+		m, err := cloneRoot("rootfs.lowers", r.Lowers[0], unix.MOUNT_ATTR_RDONLY)
+		if err == nil && user != nil {
+			if err = idmapLayer(m, user); err != nil {
+				m.Close()
+			}
+		}
+		return m, err
+	}
+	if user != nil && !layersDetached() {
+		return attachedOverlay(r, user)
 	}
 	if !lowerByLower() {
 		return olderOverlay(r)
@@ -53,6 +63,14 @@ func openRootfs(r oci.Rootfs, path string) (*os.File, error) {
 	}
 	opts := []kernel.FSOption{{Key: "source", Value: "overlay"}}
 	for _, l := range r.Lowers {
+		if user != nil {
+			f, err := idmappedLayer(l, user)
+			if err != nil {
+				return nil, err
+			}
+			keep = append(keep, f)
+			l = fmt.Sprintf("/proc/self/fd/%d", f.Fd())
+		}
 		l, err := short(l)
 		if err != nil {
 			return nil, fmt.Errorf("rootfs.lowers: %w", err)
@@ -78,12 +96,13 @@ func openRootfs(r oci.Rootfs, path string) (*os.File, error) {
 }
 
 // openVolume makes a detached read-only mount of an image, or of a path inside
-// it, which is resolved without leaving the image (invariant I1).
-func openVolume(empty *os.File, v oci.Volume) (*os.File, error) {
+// it, which is resolved without leaving the image (invariant I1). user is that of
+// openRootfs.
+func openVolume(empty *os.File, v oci.Volume, user *os.File) (*os.File, error) {
 	if len(v.Lowers) == 0 {
 		return nil, invalid("volume: has no layers")
 	}
-	m, err := openRootfs(oci.Rootfs{Lowers: v.Lowers}, "")
+	m, err := openRootfs(oci.Rootfs{Lowers: v.Lowers}, "", user)
 	if err != nil {
 		return nil, err
 	}

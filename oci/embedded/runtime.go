@@ -180,7 +180,7 @@ func (r *Runtime) Create(ctx context.Context, req oci.CreateRequest) (_ oci.Cont
 	// The root's overlay and the cgroups are the two dear parts of a create (0.5
 	// ms each) and know nothing of each other; nor does the empty mount namespace,
 	// the first time.
-	root := openRootAside(req, p)
+	root := r.openRootAside(req, p)
 	if hasRoot(req) && p.ownMounts() && !p.hostTree() {
 		go r.emptyNS() // Close waits for it
 	}
@@ -251,7 +251,7 @@ type rootAside struct {
 }
 
 // openRootAside starts to open the root of a request; nil when it has none.
-func openRootAside(req oci.CreateRequest, p *plan) *rootAside {
+func (r *Runtime) openRootAside(req oci.CreateRequest, p *plan) *rootAside {
 	if !hasRoot(req) {
 		return nil
 	}
@@ -259,22 +259,30 @@ func openRootAside(req oci.CreateRequest, p *plan) *rootAside {
 		// It stays where it is; whether it is there is seen when it is entered.
 		done := make(chan struct{})
 		close(done)
-		r := &rootAside{done: done}
+		aside := &rootAside{done: done}
 		if p.spec.Root == nil || p.spec.Root.Path == "" {
-			r.err = invalid("root.path: missing")
+			aside.err = invalid("root.path: missing")
 		}
-		return r
+		return aside
 	}
 	path := ""
 	if p.spec.Root != nil {
 		path = p.spec.Root.Path
 	}
-	r := &rootAside{done: make(chan struct{})}
+	aside := &rootAside{done: make(chan struct{})}
 	go func() {
-		defer close(r.done)
-		r.file, r.err = openRootfs(req.Rootfs, path)
+		defer close(aside.done)
+		user, err := r.layersUser(req, p)
+		if err != nil {
+			aside.err = err
+			return
+		}
+		if user != nil {
+			defer user.Close()
+		}
+		aside.file, aside.err = openRootfs(req.Rootfs, path, user)
 	}()
-	return r
+	return aside
 }
 
 // take waits for the root and gives it away.

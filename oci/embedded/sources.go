@@ -41,7 +41,7 @@ func (a *assembly) prepare(root *rootAside) error {
 			err = a.openCgroups(&p)
 		}
 		if err != nil {
-			return fmt.Errorf("mount %q: %w", m.dest, err)
+			return fmt.Errorf("%s %q: %w", m.field, m.dest, err)
 		}
 		a.mounts = append(a.mounts, p)
 	}
@@ -54,11 +54,17 @@ func (a *assembly) openBind(p *prepared) error {
 		if !ok {
 			return invalid("%s.source %q: no such image was passed", p.field, p.source)
 		}
+		user := a.found[specs.UserNamespace]
+		if !v.Idmap {
+			user = nil
+		} else if user == nil {
+			return invalid("%s: an image with idmap, but linux.namespaces has no user namespace", p.field)
+		}
 		empty, err := a.rt.emptyNS()
 		if err != nil {
 			return err
 		}
-		t, err := openVolume(empty, v)
+		t, err := openVolume(empty, v, user)
 		if err != nil {
 			return fmt.Errorf("source %q: %w", p.source, err)
 		}
@@ -108,14 +114,17 @@ func (a *assembly) useBind(p *prepared, t *os.File) error {
 			return invalid("%s: idmap without mappings, and the container has no user namespace", p.field)
 		}
 	}
-	user, err := a.rt.userNSFor(maps)
-	if err != nil {
-		return fmt.Errorf("%s: idmap: %w", p.field, err)
+	user := a.found[specs.UserNamespace]
+	if user == nil || !sameRanges(maps.uids, a.plan.maps.uids) || !sameRanges(maps.gids, a.plan.maps.gids) {
+		var err error
+		if user, err = a.rt.userNSFor(maps); err != nil {
+			return fmt.Errorf("%s: idmap: %w", p.field, err)
+		}
+		defer user.Close()
 	}
-	defer user.Close()
 	attr := &unix.MountAttr{Attr_set: unix.MOUNT_ATTR_IDMAP, Userns_fd: uint64(user.Fd())}
 	if err := kernel.SetMountAttr(t, p.ridmap, attr); err != nil {
-		return fmt.Errorf("%s: idmap: the filesystem of the source may not support it: %w", p.field, err)
+		return fmt.Errorf("%s: idmap: %s of the source may not support it: %w", p.field, fsName(p.source), err)
 	}
 	return nil
 }
@@ -184,7 +193,7 @@ func (a *assembly) newFilesystems() error {
 			continue
 		}
 		if err := a.newFS(p); err != nil {
-			return fmt.Errorf("mount %q: %w", p.dest, err)
+			return fmt.Errorf("%s %q: %w", p.field, p.dest, err)
 		}
 	}
 	return nil

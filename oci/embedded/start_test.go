@@ -304,8 +304,8 @@ func TestCreateErrors(t *testing.T) {
 			s.Linux.Namespaces = append(s.Linux.Namespaces, specs.LinuxNamespace{Type: specs.TimeNamespace})
 			s.Linux.TimeOffsets = map[string]specs.LinuxTimeOffset{"x": {Secs: 1}}
 		}},
-		{"namespace path that is none", "linux.namespaces: uts: path \"/etc/passwd\": not a namespace", errdefs.ErrInvalidArgument, func(s *specs.Spec) {
-			s.Linux.Namespaces[3].Path = "/etc/passwd"
+		{"namespace path that is none", "linux.namespaces: uts: path \"/proc/self/status\": not a namespace", errdefs.ErrInvalidArgument, func(s *specs.Spec) {
+			s.Linux.Namespaces[3].Path = "/proc/self/status"
 		}},
 		{"namespace path of another kind", "linux.namespaces: uts: path \"/proc/self/ns/net\": a namespace of another type", errdefs.ErrInvalidArgument, func(s *specs.Spec) {
 			s.Linux.Namespaces[3].Path = "/proc/self/ns/net"
@@ -323,7 +323,7 @@ func TestCreateErrors(t *testing.T) {
 			s.Linux.Namespaces = append(s.Linux.Namespaces[:1], s.Linux.Namespaces[2:]...)
 			s.Linux.NetDevices = map[string]specs.LinuxNetDevice{"eth9": {}}
 		}},
-		{"missing source", `mount "/data": source "/no/such": open_tree: no such file`, nil, func(s *specs.Spec) {
+		{"missing source", `mounts[7] "/data": source "/no/such": open_tree: no such file`, nil, func(s *specs.Spec) {
 			s.Mounts = append(s.Mounts, specs.Mount{Destination: "/data", Type: "bind", Source: "/no/such"})
 		}},
 		{"bad memory limit", "linux.resources.cpu.quota", nil, func(s *specs.Spec) {

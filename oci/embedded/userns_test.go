@@ -161,6 +161,28 @@ func TestUserNamespaceExec(t *testing.T) {
 	}
 }
 
+// TestUserNamespaceTerminal: the first process of a PID namespace in a user
+// namespace, which is forked there, leads a session and has the terminal.
+func TestUserNamespaceTerminal(t *testing.T) {
+	r := runtimeFor(t)
+	c := newUserContainer(t, "winsize:", "stat:/proc/self/fd/0", "open:/dev/tty")
+	c.req.Spec.Process.Terminal, c.req.Spec.Process.ConsoleSize = true, &specs.Box{Height: 30, Width: 90}
+	run := c.start(r)
+	b := make([]byte, 4096)
+	var got strings.Builder
+	for {
+		n, err := run.p.Console.Read(b)
+		got.Write(b[:n])
+		if err != nil {
+			break
+		}
+	}
+	if ws := run.reap(); ws.ExitStatus() != 0 {
+		t.Errorf("wait status %#x", uint32(ws))
+	}
+	expect(t, got.String(), map[string]string{"winsize:": "30x90", "open:/dev/tty": "ok"})
+}
+
 // TestJoinUserNamespace: a second container in the namespaces of the first.
 func TestJoinUserNamespace(t *testing.T) {
 	r := runtimeFor(t)
@@ -219,36 +241,6 @@ func TestTimeNamespace(t *testing.T) {
 			}
 		})
 	}
-}
-
-// TestUserNamespaceTerminal: the first process of a PID namespace that belongs to
-// the user namespace is a grandchild at its start, and leads its session all the same.
-func TestUserNamespaceTerminal(t *testing.T) {
-	r := runtimeFor(t)
-	c := newUserContainer(t, "winsize:", "open:/dev/tty", "stat:/dev/console", "hold:")
-	c.req.Spec.Process.Terminal, c.req.Spec.Process.ConsoleSize = true, &specs.Box{Height: 31, Width: 91}
-	made := c.create(r)
-	p, err := made.Start(context.Background(), oci.Stdio{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	run := &running{t: t, c: made, p: p, out: p.Console}
-	defer func() {
-		_ = unix.Kill(p.Pid, unix.SIGKILL)
-		_, _ = reap(p.Pid)
-		p.PidFD.Close()
-		p.Console.Close()
-	}()
-	b := make([]byte, 4096)
-	n := 0
-	for !strings.Contains(string(b[:n]), "console") {
-		k, err := run.out.Read(b[n:])
-		if err != nil {
-			t.Fatal(err, string(b[:n]))
-		}
-		n += k
-	}
-	expect(t, string(b[:n]), map[string]string{"winsize:": "31x91", "open:/dev/tty": "ok"})
 }
 
 // TestCgroupOwnership: on cgroup v2 the container's root has the cgroup that it

@@ -191,6 +191,8 @@ func check(req oci.CreateRequest) error {
 		return invalid("process: missing")
 	case (req.Rootfs.Upper == "") != (req.Rootfs.Work == ""):
 		return invalid("rootfs: upper and work go together")
+	case req.Rootfs.Idmap:
+		return invalid("rootfs.idmap: is the embedded runtime's")
 	case len(req.Rootfs.Lowers) == 0 && (s.Root == nil || s.Root.Path == ""):
 		return invalid("root.path: missing")
 	}

@@ -21,6 +21,7 @@ const (
 	drainTime  = time.Second      // for output of processes that outlive the container's cgroup
 	deleteTime = 10 * time.Second // for killed processes to end; one in uninterruptible sleep may take longer
 	treeTime   = 2 * time.Second
+	startTime  = 100 * time.Second // the kubelet waits for two minutes; meanwhile nobody can delete the container
 )
 
 // container is one container from Create to Delete.
@@ -142,7 +143,9 @@ func (c *container) launch(s *Server, io *stdio) (wire.StartReply, error) {
 	}
 	c.mu.Unlock()
 	forked := s.children.forking()
-	p, err := c.oci.Start(context.Background(), io.child)
+	ctx, cancel := context.WithTimeout(context.Background(), startTime) // for its hooks
+	defer cancel()
+	p, err := c.oci.Start(ctx, io.child)
 	if err == nil {
 		s.children.add(p.Pid)
 	}

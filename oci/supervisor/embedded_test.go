@@ -344,6 +344,52 @@ func TestIsolatedPodInit(t *testing.T) {
 	}
 }
 
+// TestIsolatedUserNamespace: a pod's namespaces are made in the supervisor, kept
+// by key and joined by containers.
+func TestIsolatedUserNamespace(t *testing.T) {
+	n := newNode(t)
+	c, root := n.open(), rootfs(t)
+	maps := []specs.LinuxIDMapping{{HostID: 1 << 20, Size: 1 << 16}}
+	req := wire.UserNamespace{UIDs: maps, GIDs: maps, Kinds: []specs.LinuxNamespaceType{specs.UTSNamespace, specs.NetworkNamespace}, Layers: []string{root, t.TempDir()}}
+	files, err := c.UserNamespace(t.Context(), req)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer wire.CloseFiles(files)
+	for i, want := range []string{"user", "uts", "net"} {
+		if link, err := os.Readlink(fmt.Sprintf("/proc/self/fd/%d", files[i].Fd())); err != nil || !strings.HasPrefix(link, want+":") {
+			t.Errorf("descriptor %d is %s (%v)", i, link, err)
+		}
+	}
+	if err := c.PutFDs(t.Context(), []string{"u"}, files[:1]); err != nil {
+		t.Fatal(err)
+	}
+	r := isolated(root, "sleep")
+	dir := t.TempDir()
+	r.Rootfs = oci.Rootfs{Lowers: []string{root}, Upper: filepath.Join(dir, "u"), Work: filepath.Join(dir, "w"), Idmap: true}
+	for _, d := range []string{r.Rootfs.Upper, r.Rootfs.Work} {
+		if err := os.Mkdir(d, 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := os.Chown(r.Rootfs.Upper, 1<<20, 1<<20); err != nil {
+		t.Fatal(err)
+	}
+	r.Namespaces = map[specs.LinuxNamespaceType]string{specs.UserNamespace: "u"}
+	k, _ := startIsolated(t, c, n.dir, r)
+	want, _ := os.Readlink(fmt.Sprintf("/proc/self/fd/%d", files[0].Fd()))
+	if got, err := os.Readlink(fmt.Sprintf("/proc/%d/ns/user", pidOf(t, c, k))); err != nil || got != want {
+		t.Errorf("user namespace %s, want %s (%v)", got, want, err)
+	}
+	if err := c.Delete(t.Context(), k); err != nil {
+		t.Error(err)
+	}
+	req.Layers = []string{"/proc", "/sys"}
+	if _, err := c.UserNamespace(t.Context(), req); err == nil || !strings.Contains(err.Error(), "idmap") {
+		t.Errorf("layers that cannot be mapped: %v", err)
+	}
+}
+
 func TestIsolatedEnvironmentBytes(t *testing.T) {
 	n := newNode(t)
 	c, root := n.open(), rootfs(t)

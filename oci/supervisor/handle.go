@@ -71,6 +71,13 @@ func (c *conn) handle(f wire.Frame, files []*os.File) (body any, out []*os.File,
 			return nil, nil, nil, err
 		}
 		return nil, nil, nil, s.remove(t.ID)
+	case wire.OpUserNamespace:
+		r, err := decode[wire.UserNamespace](f)
+		if err != nil {
+			return nil, nil, nil, err
+		}
+		out, err := s.userNamespace(r)
+		return nil, out, nil, err
 	case wire.OpStdin:
 		_, k, err := on(s, f, target)
 		if err != nil {
@@ -262,6 +269,17 @@ func (s *Server) runtime(r wire.Create) (oci.Runtime, error) {
 	return rt, nil
 }
 
+// userNamespace serves OpUserNamespace.
+func (s *Server) userNamespace(r wire.UserNamespace) ([]*os.File, error) {
+	rt, ok := s.cfg.Handlers[version.Name].(oci.UserNamespaces)
+	if !ok {
+		return nil, fmt.Errorf("user namespaces: handler %q makes none: %w", version.Name, errdefs.ErrNotImplemented)
+	}
+	forked := s.children.forking() // they are made by a process
+	defer forked()
+	return rt.NewUserNamespace(oci.UserNamespaceRequest{UIDs: r.UIDs, GIDs: r.GIDs, Kinds: r.Kinds, Layers: r.Layers})
+}
+
 // complete fills in what the spec leaves to us: without an oom_score_adj of its
 // own a container would inherit the supervisor's, which the OOM killer spares.
 func (s *Server) complete(r *wire.Create) {
@@ -292,7 +310,7 @@ func setEnv(p *specs.Process, env [][]byte) {
 
 func (s *Server) make(rt oci.Runtime, r wire.Create, seccomp [32]byte) (_ oci.Container, err error) {
 	req := oci.CreateRequest{
-		ID: r.ID, Spec: r.Spec, Rootfs: r.Rootfs, PodInit: r.PodInit, Volumes: r.Volumes, SeccompDigest: seccomp,
+		ID: r.ID, Bundle: r.Bundle, Spec: r.Spec, Rootfs: r.Rootfs, PodInit: r.PodInit, Volumes: r.Volumes, SeccompDigest: seccomp,
 		Namespaces: map[specs.LinuxNamespaceType]*os.File{}, MountFDs: map[string]*os.File{},
 	}
 	var files []*os.File

@@ -37,12 +37,47 @@ const (
 	NamespaceTarget    NamespaceMode = 3
 )
 
-// Namespaces is CRI's NamespaceOption without user namespaces.
+// Namespaces is CRI's NamespaceOption.
 type Namespaces struct {
-	Network  NamespaceMode `json:"network"`
-	PID      NamespaceMode `json:"pid"`
-	IPC      NamespaceMode `json:"ipc"`
-	TargetID id.Container  `json:"targetID,omitempty"`
+	Network  NamespaceMode  `json:"network"`
+	PID      NamespaceMode  `json:"pid"`
+	IPC      NamespaceMode  `json:"ipc"`
+	TargetID id.Container   `json:"targetID,omitempty"`
+	User     *UserNamespace `json:"user,omitempty"` // nil: the node's
+}
+
+// IDMapping maps the Length ids of a user namespace from Container on to those of
+// the host from Host on.
+type IDMapping struct {
+	Container uint32 `json:"container"`
+	Host      uint32 `json:"host"`
+	Length    uint32 `json:"length"`
+}
+
+// Has reports whether the user namespace has the id.
+func (m IDMapping) Has(id uint32) bool {
+	return id >= m.Container && uint64(id) < uint64(m.Container)+uint64(m.Length)
+}
+
+// UserNamespace is a user namespace of a pod's own: one range of users and one
+// of groups, each beginning with the pod's root.
+type UserNamespace struct {
+	UIDs IDMapping `json:"uids"`
+	GIDs IDMapping `json:"gids"`
+}
+
+// Root returns the ids that the pod's root has on the host; 0 with the node's
+// user namespace, which is nil.
+func (u *UserNamespace) Root() (uid, gid uint32) {
+	if u == nil {
+		return 0, 0
+	}
+	return u.UIDs.Host, u.GIDs.Host
+}
+
+// Same reports whether both are the same mapping, or both the node's.
+func (u *UserNamespace) Same(o *UserNamespace) bool {
+	return u == o || u != nil && o != nil && *u == *o
 }
 
 // ProfileType says where a seccomp or AppArmor profile comes from; the numbers are CRI's.
@@ -145,6 +180,10 @@ type Mount struct {
 	ImageRef          string      `json:"imageRef,omitempty"`
 	ImageUser         string      `json:"imageUser,omitempty"` // user_specified_image of the request
 	ImageSubPath      string      `json:"imageSubPath,omitempty"`
+	// UIDMappings and GIDMappings show the files with ids of the user namespace;
+	// both or none.
+	UIDMappings []IDMapping `json:"uidMappings,omitempty"`
+	GIDMappings []IDMapping `json:"gidMappings,omitempty"`
 }
 
 // Device is a host device (or directory of devices) given to a container.

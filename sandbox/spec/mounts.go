@@ -81,8 +81,7 @@ func ownMounts(in Input) []specs.Mount {
 		{Destination: "/proc", Type: "proc", Source: "proc", Options: []string{"nosuid", "noexec", "nodev"}},
 		{Destination: "/dev", Type: "tmpfs", Source: "tmpfs", Options: []string{"nosuid", "strictatime", "mode=755", "size=65536k"}},
 		{Destination: "/sys", Type: "sysfs", Source: "sysfs", Options: []string{"nosuid", "noexec", "nodev", access}},
-		// gid 5 is the tty group of every distribution.
-		{Destination: "/dev/pts", Type: "devpts", Source: "devpts", Options: []string{"nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5"}},
+		{Destination: "/dev/pts", Type: "devpts", Source: "devpts", Options: ptsOptions(in)},
 		{Destination: "/dev/mqueue", Type: "mqueue", Source: "mqueue", Options: []string{"nosuid", "noexec", "nodev"}},
 		{Destination: "/sys/fs/cgroup", Type: "cgroup", Source: "cgroup", Options: []string{"nosuid", "noexec", "nodev", "relatime", access}},
 	}
@@ -105,6 +104,18 @@ func ownMounts(in Input) []specs.Mount {
 	return out
 }
 
+// ptsOptions give terminals to group 5, the tty group of every distribution, where
+// the pod's user namespace has it.
+func ptsOptions(in Input) []string {
+	out := []string{"nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620"}
+	if u := in.Namespaces.User; u == nil || u.GIDs.Has(ttyGroup) {
+		out = append(out, fmt.Sprintf("gid=%d", ttyGroup))
+	}
+	return out
+}
+
+const ttyGroup = 5
+
 // bind makes a requested bind mount. Its propagation is checked against the
 // source's mount and raises the rootfs's.
 func bind(in Input, field string, m model.Mount, l *specs.Linux) (specs.Mount, error) {
@@ -126,6 +137,12 @@ func bind(in Input, field string, m model.Mount, l *specs.Linux) (specs.Mount, e
 		return specs.Mount{}, err
 	}
 	out := specs.Mount{Type: "bind", Source: source, Options: []string{"rbind", prop}}
+	if len(m.UIDMappings) > 0 {
+		// What is mounted below is mapped too, or it is an error: nothing may keep the
+		// host's owners by oversight.
+		out.Options = append(out.Options, "ridmap")
+		out.UIDMappings, out.GIDMappings = ociMappings(m.UIDMappings...), ociMappings(m.GIDMappings...)
+	}
 	if m.RecursiveReadonly {
 		switch {
 		case !m.Readonly:
@@ -167,6 +184,11 @@ func propagation(n Node, field string, p model.Propagation, source string, l *sp
 	return option, nil
 }
 
+// podMappings reports whether a mount's mappings are those of the pod.
+func podMappings(u *model.UserNamespace, m model.Mount) bool {
+	return u != nil && len(m.UIDMappings) == 1 && m.UIDMappings[0] == u.UIDs && len(m.GIDMappings) == 1 && m.GIDMappings[0] == u.GIDs
+}
+
 // imageVolume mounts an image, always read-only.
 func imageVolume(in Input, i int, m model.Mount) (specs.Mount, error) {
 	field := fmt.Sprintf("mounts[%d]", i)
@@ -177,6 +199,8 @@ func imageVolume(in Input, i int, m model.Mount) (specs.Mount, error) {
 		return specs.Mount{}, fmt.Errorf("%s.readonly: an image volume cannot be written; set readonly: %w", field, errdefs.ErrInvalidArgument)
 	case m.Propagation != model.PropagationPrivate:
 		return specs.Mount{}, fmt.Errorf("%s.propagation: an image volume has none; use PRIVATE: %w", field, errdefs.ErrInvalidArgument)
+	case len(m.UIDMappings) > 0 && !podMappings(in.Namespaces.User, m):
+		return specs.Mount{}, fmt.Errorf("%s.uidMappings, gidMappings: differ from the pod's user namespace, whose ids an image volume has; leave them out: %w", field, errdefs.ErrInvalidArgument)
 	}
 	source := in.ImageVolumes[i]
 	if source == "" {

@@ -213,8 +213,9 @@ func TestCDI(t *testing.T) {
 		t.Errorf("got env %q, devices %+v", s.Process.Env, s.Linux.Devices)
 	}
 	put("gpu.json", edits(map[string]any{"hooks": []map[string]any{{"hookName": "createContainer", "path": "/bin/true"}}}))
-	if err := c.Inject(build(), []string{"vendor.com/gpu=0"}); !errdefs.IsNotImplemented(err) {
-		t.Errorf("hooks: got %v", err)
+	s = build()
+	if err := c.Inject(s, []string{"vendor.com/gpu=0"}); err != nil || s.Hooks == nil || len(s.Hooks.CreateContainer) != 1 {
+		t.Errorf("hooks: got %+v, %v", s.Hooks, err)
 	}
 	if err := InjectCDI(build(), nil); err != nil {
 		t.Errorf("no names: %v", err)

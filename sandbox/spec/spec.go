@@ -147,11 +147,48 @@ func namespaces(in Input, s *specs.Spec) error {
 	if in.Host.CgroupV2 && !in.Container.Security.Privileged {
 		add(specs.CgroupNamespace)
 	}
+	if ns.User == nil {
+		return nil
+	}
+	if ns.PID == model.NamespaceNode {
+		// Nobody but the namespace's owner may mount its procfs.
+		return fmt.Errorf("namespace_options.pid: NODE is not possible in a pod with a user namespace; use POD or CONTAINER: %w", errdefs.ErrInvalidArgument)
+	}
+	add(specs.UserNamespace)
+	// The runtime compares them with those of the namespace that it is given.
+	s.Linux.UIDMappings, s.Linux.GIDMappings = ociMappings(ns.User.UIDs), ociMappings(ns.User.GIDs)
+	return nil
+}
+
+func ociMappings(in ...model.IDMapping) []specs.LinuxIDMapping {
+	var out []specs.LinuxIDMapping
+	for _, m := range in {
+		out = append(out, specs.LinuxIDMapping{ContainerID: m.Container, HostID: m.Host, Size: m.Length})
+	}
+	return out
+}
+
+// checkIdentity refuses users and groups that the pod's user namespace lacks.
+func checkIdentity(u *model.UserNamespace, who model.Identity) error {
+	if u == nil {
+		return nil
+	}
+	if !u.UIDs.Has(who.UID) {
+		return fmt.Errorf("security_context.run_as_user: user %d (of the request or the image) is not in the pod's user namespace, which has %d users: %w", who.UID, u.UIDs.Length, errdefs.ErrInvalidArgument)
+	}
+	for _, g := range withPrimary(who) {
+		if !u.GIDs.Has(g) {
+			return fmt.Errorf("security_context.run_as_group, supplemental_groups: group %d (of the request or the image) is not in the pod's user namespace, which has %d groups: %w", g, u.GIDs.Length, errdefs.ErrInvalidArgument)
+		}
+	}
 	return nil
 }
 
 func process(in Input, s *specs.Spec) error {
 	c, who := in.Container, in.Identity
+	if err := checkIdentity(in.Namespaces.User, who); err != nil {
+		return err
+	}
 	args, err := arguments(in)
 	if err != nil {
 		return err

@@ -102,6 +102,16 @@ func TestGolden(t *testing.T) {
 		"host-namespaces": func(in *Input) {
 			in.Namespaces = model.Namespaces{Network: model.NamespaceNode, PID: model.NamespaceNode, IPC: model.NamespaceNode}
 		},
+		"user-namespace": func(in *Input) {
+			u := &model.UserNamespace{UIDs: model.IDMapping{Host: 65536, Length: 65536}, GIDs: model.IDMapping{Host: 131072, Length: 65536}}
+			in.Namespaces.User, in.Pod.Namespaces.User = u, u
+			in.Container.Mounts = []model.Mount{
+				{ContainerPath: "/plain", HostPath: "/plain"},
+				{ContainerPath: "/mapped", HostPath: "/mapped", UIDMappings: []model.IDMapping{u.UIDs}, GIDMappings: []model.IDMapping{u.GIDs}},
+				{ContainerPath: "/model", Image: "sha256:def", Readonly: true, UIDMappings: []model.IDMapping{u.UIDs}, GIDMappings: []model.IDMapping{u.GIDs}},
+			}
+			in.ImageVolumes = map[int]string{2: "image:2"}
+		},
 		"privileged": func(in *Input) {
 			sec := &in.Container.Security
 			sec.Privileged, sec.ReadonlyRootfs, in.Pod.Privileged = true, true, true
@@ -165,6 +175,29 @@ func TestGolden(t *testing.T) {
 	}
 }
 
+// user gives the pod a user namespace of so many ids.
+func user(in *Input, users, groups uint32) {
+	in.Namespaces.User = &model.UserNamespace{UIDs: model.IDMapping{Host: 65536, Length: users}, GIDs: model.IDMapping{Host: 65536, Length: groups}}
+}
+
+// TestSmallUserNamespace: terminals have no group that the pod does not have.
+func TestSmallUserNamespace(t *testing.T) {
+	for groups, want := range map[uint32]bool{5: false, 6: true} {
+		in := input()
+		user(&in, 1, groups)
+		in.Identity = model.Identity{}
+		s, err := Build(in)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, m := range s.Mounts {
+			if m.Destination == "/dev/pts" && slices.Contains(m.Options, "gid=5") != want {
+				t.Errorf("%d groups: %v", groups, m.Options)
+			}
+		}
+	}
+}
+
 func TestRefusals(t *testing.T) {
 	c := func(f func(*model.ContainerConfig)) func(*Input) { return func(in *Input) { f(in.Container) } }
 	sec := func(f func(*model.Security)) func(*Input) { return func(in *Input) { f(&in.Container.Security) } }
@@ -197,11 +230,22 @@ func TestRefusals(t *testing.T) {
 		"network mode":              {func(in *Input) { in.Namespaces.Network = model.NamespaceContainer }, errdefs.IsInvalidArgument, "namespace_options.network"},
 		"ipc mode":                  {func(in *Input) { in.Namespaces.IPC = model.NamespaceTarget }, errdefs.IsInvalidArgument, "namespace_options.ipc"},
 		"pid mode":                  {func(in *Input) { in.Namespaces.PID = 9 }, errdefs.IsInvalidArgument, "namespace_options.pid"},
-		"missing host path":         {mount(model.Mount{ContainerPath: "/m", HostPath: "/missing"}), errdefs.IsInvalidArgument, "mounts[1].host_path"},
-		"relative host path":        {mount(model.Mount{ContainerPath: "/m", HostPath: "m"}), errdefs.IsInvalidArgument, "mounts[1].host_path"},
-		"mount on the root":         {mount(model.Mount{ContainerPath: "/a/..", HostPath: "/x"}), errdefs.IsInvalidArgument, "mounts[1].container_path"},
-		"rro not readonly":          {mount(model.Mount{ContainerPath: "/m", HostPath: "/x", RecursiveReadonly: true}), errdefs.IsInvalidArgument, "recursive_read_only"},
-		"rro propagated":            {mount(model.Mount{ContainerPath: "/m", HostPath: "/shared", RecursiveReadonly: true, Readonly: true, Propagation: 1}), errdefs.IsInvalidArgument, "recursive_read_only"},
+		"host pid in a user namespace": {func(in *Input) {
+			user(in, 65536, 65536)
+			in.Namespaces.PID = model.NamespaceNode
+		}, errdefs.IsInvalidArgument, "namespace_options.pid"},
+		"user beyond the mapping":  {func(in *Input) { user(in, 1000, 65536) }, errdefs.IsInvalidArgument, "run_as_user: user 1000 "},
+		"group beyond the mapping": {func(in *Input) { user(in, 1001, 1001) }, errdefs.IsInvalidArgument, "group 1001 "},
+		"image with other ids": {func(in *Input) {
+			user(in, 65536, 65536)
+			other := []model.IDMapping{{Host: 5, Length: 65536}}
+			in.Container.Mounts = []model.Mount{{ContainerPath: "/m", Image: "i", Readonly: true, UIDMappings: other, GIDMappings: other}}
+		}, errdefs.IsInvalidArgument, "mounts[0].uidMappings"},
+		"missing host path":  {mount(model.Mount{ContainerPath: "/m", HostPath: "/missing"}), errdefs.IsInvalidArgument, "mounts[1].host_path"},
+		"relative host path": {mount(model.Mount{ContainerPath: "/m", HostPath: "m"}), errdefs.IsInvalidArgument, "mounts[1].host_path"},
+		"mount on the root":  {mount(model.Mount{ContainerPath: "/a/..", HostPath: "/x"}), errdefs.IsInvalidArgument, "mounts[1].container_path"},
+		"rro not readonly":   {mount(model.Mount{ContainerPath: "/m", HostPath: "/x", RecursiveReadonly: true}), errdefs.IsInvalidArgument, "recursive_read_only"},
+		"rro propagated":     {mount(model.Mount{ContainerPath: "/m", HostPath: "/shared", RecursiveReadonly: true, Readonly: true, Propagation: 1}), errdefs.IsInvalidArgument, "recursive_read_only"},
 		"rro on an old kernel": {func(in *Input) {
 			in.Host.RecursiveReadonly = false
 			mount(model.Mount{ContainerPath: "/m", HostPath: "/x", RecursiveReadonly: true, Readonly: true})(in)

@@ -155,6 +155,19 @@ func (c *Client) Exec(ctx context.Context, r wire.Exec, stdin, stdout, stderr *o
 	return reply.Pid, console, w.exit, nil
 }
 
+// UserNamespace makes a user namespace and returns it, and one of each of r.Kinds.
+func (c *Client) UserNamespace(ctx context.Context, r wire.UserNamespace) ([]*os.File, error) {
+	got, err := c.call(ctx, wire.OpUserNamespace, r, nil, nil, nil)
+	if err != nil {
+		return nil, err
+	}
+	if len(got) != 1+len(r.Kinds) {
+		wire.CloseFiles(got)
+		return nil, fmt.Errorf("supervisor: %d descriptors for a user namespace with %d others: %w", len(got), len(r.Kinds), errdefs.ErrInternal)
+	}
+	return got, nil
+}
+
 // PutFDs keeps descriptors in the supervisor under keys, replacing former ones.
 func (c *Client) PutFDs(ctx context.Context, keys []string, files []*os.File) error {
 	if len(keys) != len(files) {

@@ -62,8 +62,8 @@ type Client struct {
 
 // link is one connection and what waits on it.
 type link struct {
-	conn    *wire.Conn
-	version int // of the protocol
+	conn *wire.Conn
+	who  wire.HelloReply
 
 	mu      sync.Mutex
 	last    uint64

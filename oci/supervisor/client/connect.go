@@ -90,25 +90,25 @@ func dial(state string) (*link, error) {
 	if err != nil {
 		return nil, err
 	}
-	version, err := hello(conn)
+	who, err := hello(conn)
 	if err != nil {
 		_ = conn.Close()
 		return nil, err
 	}
-	return &link{conn: conn, version: version, pending: map[uint64]chan answer{}, execs: map[execKey]chan wire.Exit{}}, nil
+	return &link{conn: conn, who: who, pending: map[uint64]chan answer{}, execs: map[execKey]chan wire.Exit{}}, nil
 }
 
-// hello returns the protocol version that both sides speak.
-func hello(conn *wire.Conn) (int, error) {
+// hello returns who serves, with the protocol version that both sides speak.
+func hello(conn *wire.Conn) (who wire.HelloReply, err error) {
 	body, err := json.Marshal(wire.Hello{Version: wire.Version, Events: true})
 	if err != nil {
-		return 0, err
+		return who, err
 	}
 	limit := time.Now().Add(helloTime)
 	_ = conn.SetSendDeadline(limit)
 	_ = conn.SetRecvDeadline(limit)
 	if err := conn.Send(wire.Frame{ID: 1, Op: wire.OpHello, Body: body}); err != nil {
-		return 0, fmt.Errorf("supervisor: hello: %w: %w: %w", err, errLeft, errdefs.ErrUnavailable)
+		return who, fmt.Errorf("supervisor: hello: %w: %w: %w", err, errLeft, errdefs.ErrUnavailable)
 	}
 	for {
 		f, files, err := conn.Recv()
@@ -116,7 +116,7 @@ func hello(conn *wire.Conn) (int, error) {
 			if !errors.Is(err, os.ErrDeadlineExceeded) && !errors.Is(err, wire.ErrProtocol) {
 				err = fmt.Errorf("%w: %w", err, errLeft)
 			}
-			return 0, fmt.Errorf("supervisor: hello: %w: %w", err, errdefs.ErrUnavailable)
+			return who, fmt.Errorf("supervisor: hello: %w: %w", err, errdefs.ErrUnavailable)
 		}
 		wire.CloseFiles(files)
 		if f.ID != 1 {
@@ -124,13 +124,12 @@ func hello(conn *wire.Conn) (int, error) {
 		}
 		_ = conn.SetRecvDeadline(time.Time{})
 		if f.Err != nil {
-			return 0, f.Err
+			return who, f.Err
 		}
-		var reply wire.HelloReply
-		if err := json.Unmarshal(f.Body, &reply); err != nil {
-			return 0, fmt.Errorf("supervisor: hello: %w: %w", err, errdefs.ErrInternal)
+		if err := json.Unmarshal(f.Body, &who); err != nil {
+			return who, fmt.Errorf("supervisor: hello: %w: %w", err, errdefs.ErrInternal)
 		}
-		return reply.Version, nil
+		return who, nil
 	}
 }
 

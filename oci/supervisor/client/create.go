@@ -32,9 +32,9 @@ func (c *Client) Create(ctx context.Context, r wire.Create) error {
 		if err != nil {
 			return err
 		}
-		if l.version < wire.VersionCommand {
-			return fmt.Errorf("handler %q: the running supervisor is older than external runtimes; remove the pods of this node, it ends and a new one takes over: %w",
-				r.Handler, errdefs.ErrFailedPrecondition)
+		if l.who.Version < wire.VersionCommand {
+			return fmt.Errorf("handler %q: the running supervisor (%s, pid %d) is older than external runtimes; remove the pods of this node, it ends and a new one takes over: %w",
+				r.Handler, l.who.Build, l.who.Pid, errdefs.ErrFailedPrecondition)
 		}
 	}
 	if r.Spec == nil || r.Spec.Linux == nil || r.Spec.Linux.Seccomp == nil {
@@ -50,7 +50,7 @@ func (c *Client) Create(ctx context.Context, r wire.Create) error {
 		if err != nil {
 			return err
 		}
-		if l.version < profileVersion || len(profile.Text) > wire.MaxProfile {
+		if l.who.Version < profileVersion || len(profile.Text) > wire.MaxProfile {
 			break
 		}
 		if err = c.plain(ctx, wire.OpCreateProfile, short); !errors.Is(err, wire.ErrUnknownProfile) {

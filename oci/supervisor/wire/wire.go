@@ -20,7 +20,7 @@ import (
 )
 
 // Version is the newest protocol version this code speaks.
-const Version = 2
+const Version = 3
 
 // VersionCommand is the first version that knows Create.Command.
 const VersionCommand = 2
@@ -28,7 +28,7 @@ const VersionCommand = 2
 // Op names a request.
 type Op string
 
-// Requests. All of them are of version 1.
+// Requests of version 1.
 const (
 	OpHello      Op = "hello"       // Hello -> HelloReply
 	OpList       Op = "list"        // nil -> ListReply
@@ -58,6 +58,11 @@ const (
 const (
 	OpProfile       Op = "profile"        // Profile -> nil: keep a seccomp profile for later Creates
 	OpCreateProfile Op = "create-profile" // Create with Seccomp -> nil, or ErrUnknownProfile
+)
+
+// Requests of version 3.
+const (
+	OpUserNamespace Op = "user-namespace" // UserNamespace -> nil + fds: it, and one of each of Kinds
 )
 
 // Frame is the header of every message. FDs says how many descriptors of the
@@ -100,6 +105,7 @@ type Create struct {
 	ID         id.Container                        `json:"id"`
 	Handler    string                              `json:"handler"`
 	Command    *oci.Command                        `json:"command,omitempty"` // of a handler that is an external runtime; since version 2
+	Bundle     string                              `json:"bundle,omitempty"`  // for hooks: oci.CreateRequest; since version 2
 	Spec       *specs.Spec                         `json:"spec"`
 	Rootfs     oci.Rootfs                          `json:"rootfs"`
 	Namespaces map[specs.LinuxNamespaceType]string `json:"namespaces,omitempty"`
@@ -115,6 +121,16 @@ type Create struct {
 	// Seccomp is the digest of a Profile that stands for Spec.Linux.Seccomp, which
 	// is not set then; with OpCreateProfile only.
 	Seccomp string `json:"seccomp,omitempty"`
+}
+
+// UserNamespace makes a user namespace with the embedded runtime (see
+// oci.UserNamespaceRequest, whose fields these are). The supervisor keeps none of
+// the descriptors until they are put.
+type UserNamespace struct {
+	UIDs   []specs.LinuxIDMapping     `json:"uids"`
+	GIDs   []specs.LinuxIDMapping     `json:"gids"`
+	Kinds  []specs.LinuxNamespaceType `json:"kinds,omitempty"`
+	Layers []string                   `json:"layers,omitempty"`
 }
 
 // Profile is a seccomp profile (linux.seccomp as JSON, at most MaxProfile bytes)
