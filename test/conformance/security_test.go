@@ -222,29 +222,6 @@ func TestMounts(t *testing.T) {
 	}
 }
 
-func TestNoHostDescriptorReachesAContainer(t *testing.T) {
-	// The Go runtime of the test program keeps its cgroup's cpu.max open where it
-	// finds one (cgroup v2), unless it is told not to follow it.
-	c := started(t, runPod(t, nil), func(c *cri.ContainerConfig) {
-		c.Envs = []*cri.KeyValue{{Key: "GODEBUG", Value: []byte("containermaxprocs=0,updatemaxprocs=0")}}
-	})
-	out, _, _ := execSync(t, c, "/bin/prog", "fds")
-	for line := range strings.Lines(out) {
-		fd, target, _ := strings.Cut(strings.TrimSpace(line), " ")
-		// 0-2 and what the Go runtime of the test program opens itself
-		if fd > "2" && !strings.HasPrefix(target, "anon_inode:") && !strings.HasPrefix(target, "/proc/") {
-			t.Errorf("fd %s is %s", fd, target)
-		}
-	}
-	for _, row := range []string{"/proc/self/fd/3", "/proc/self/fd/7", "/proc/self/fd/10"} {
-		p := runPod(t, nil)
-		bad := create(t, p, func(c *cri.ContainerConfig) { c.WorkingDir = row })
-		if _, err := node.Runtime.StartContainer(ctx(t), &cri.StartContainerRequest{ContainerId: bad}); err == nil {
-			t.Errorf("working_dir %s started", row)
-		}
-	}
-}
-
 func TestResourcesReachTheCgroup(t *testing.T) {
 	p := runPod(t, nil)
 	c := started(t, p, func(c *cri.ContainerConfig) {
