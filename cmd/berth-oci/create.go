@@ -69,7 +69,7 @@ func (l *launch) flags(c *cobra.Command) {
 	f.StringVarP(&l.bundle, "bundle", "b", "", "directory of the bundle (default: the current one)")
 	l.connect.flags(c)
 	f.StringVar(&l.pidFile, "pid-file", "", "file to write the pid of the first process to")
-	f.Bool("no-pivot", false, "accepted; the root is never pivoted to")
+	f.Bool("no-pivot", false, "accepted and without effect: the root does not depend on where the runtime's own lies")
 	f.BoolVar(&l.noNewKeyring, "no-new-keyring", false, "leave the container in the caller's session keyring")
 	f.IntVar(&l.preserveFDs, "preserve-fds", 0, "how many further descriptors to pass on, after stdio and $LISTEN_FDS")
 }

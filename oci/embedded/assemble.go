@@ -33,7 +33,7 @@ type part struct {
 type procMount struct {
 	mount
 	at       *os.File // its mount point
-	readonly []string // relative paths
+	readonly []string // relative paths; "." is all of it
 	masked   []procMask
 	binds    []procBind
 }

@@ -112,6 +112,9 @@ func (c *Container) Prepare(ctx context.Context, io oci.Stdio, g Gate) (oci.Proc
 func (c *Container) Release(ctx context.Context, g Gate) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	if c.plan.refused != nil {
+		return c.plan.refused
+	}
 	if c.init == nil {
 		return fmt.Errorf("container %s: its process has gone: %w", c.id, errdefs.ErrFailedPrecondition)
 	}
@@ -219,7 +222,12 @@ func (r *Runtime) startTime(pid int) (string, error) {
 func (r *Runtime) Reopen(s Saved) (_ *Container, err error) {
 	p, err := r.plan(oci.CreateRequest{ID: s.ID, Spec: s.Spec})
 	if err != nil {
-		return nil, err
+		// Made by an older version, or on a host that has changed: it must be possible
+		// to end and delete it all the same.
+		if s.Spec == nil || s.Spec.Linux == nil {
+			return nil, err
+		}
+		p = &plan{spec: s.Spec, refused: err}
 	}
 	c := &Container{rt: r, id: s.ID, bundle: s.Bundle, plan: p, pid: s.Pid, tail: s.Tail, started: true}
 	c.tracers.Store(true)

@@ -5,6 +5,7 @@ import (
 	"os"
 	"path"
 	"slices"
+	"strings"
 
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
@@ -101,6 +102,9 @@ func (c *Container) mountProc(s *script) {
 		}
 		for _, rel := range m.readonly {
 			name := fmt.Sprintf("linux.readonlyPaths %q: ", path.Join(m.dest, rel))
+			if rel == "." { // with what lies on it, so not yet
+				continue
+			}
 			t := s.do(name+"open_tree", unix.SYS_OPEN_TREE, proc, rel, unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC|unix.AT_RECURSIVE).
 				ignore(unix.ENOENT, unix.ENOTDIR).skip(2).out()
 			attr := &unix.MountAttr{Attr_set: unix.MOUNT_ATTR_RDONLY}
@@ -108,6 +112,10 @@ func (c *Container) mountProc(s *script) {
 			s.do(name+"move_mount", unix.SYS_MOVE_MOUNT, t, "", proc, rel, unix.MOVE_MOUNT_F_EMPTY_PATH)
 		}
 		c.maskProc(s, m, proc)
+		if slices.Contains(m.readonly, ".") {
+			attr := &unix.MountAttr{Attr_set: unix.MOUNT_ATTR_RDONLY}
+			s.do(fmt.Sprintf("linux.readonlyPaths %q: mount_setattr", m.dest), unix.SYS_MOUNT_SETATTR, proc, "", unix.AT_EMPTY_PATH|unix.AT_RECURSIVE, bytesOf(attr), len(bytesOf(attr)))
+		}
 	}
 }
 
@@ -120,6 +128,8 @@ var realDir = &unix.OpenHow{
 // maskProc appends the masks of a procfs.
 func (c *Container) maskProc(s *script, m procMount, proc ref) {
 	dir, null := childFD(-1), childFD(-1)
+	// The whole of it last: nothing below could be reached any more.
+	slices.SortStableFunc(m.masked, func(a, b procMask) int { return strings.Compare(b.rel, a.rel) }) // "." sorts before names
 	for _, k := range m.masked {
 		name := fmt.Sprintf("linux.maskedPaths %q: ", path.Join(m.dest, k.rel))
 		if k.file != nil { // a clone of its own

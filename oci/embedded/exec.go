@@ -26,6 +26,9 @@ func (c *Container) Exec(ctx context.Context, p *specs.Process, io oci.Stdio) (_
 	}
 	c.mu.RLock()
 	defer c.mu.RUnlock()
+	if c.plan.refused != nil {
+		return oci.Process{}, c.plan.refused
+	}
 	if c.init == nil || c.podInit && c.procs == nil {
 		return oci.Process{}, fmt.Errorf("container %s: not running: %w", c.id, errdefs.ErrFailedPrecondition)
 	}
@@ -45,17 +48,18 @@ func (c *Container) Exec(ctx context.Context, p *specs.Process, io oci.Stdio) (_
 		if c.pts == nil {
 			return oci.Process{}, invalid("process.terminal: the container has no devpts at /dev/pts")
 		}
-		m, slave, err := openPty(c.pts, p.ConsoleSize)
-		if err != nil {
+		var slave *os.File
+		if master, slave, err = openPty(c.pts, p.ConsoleSize); err != nil {
 			return oci.Process{}, err
 		}
 		defer slave.Close()
+		m := master
 		defer func() {
 			if err != nil {
 				m.Close()
 			}
 		}()
-		master, l.stdio = m, [3]*os.File{slave, slave, slave}
+		l.stdio = [3]*os.File{slave, slave, slave}
 	}
 	if err := c.giveStdio(l.stdio, p.User.UID, p.Terminal); err != nil {
 		return oci.Process{}, err

@@ -203,7 +203,11 @@ func (r *Runtime) userNSFor(maps idMaps) (*os.File, error) {
 		return nil, err
 	}
 	f, err := h.open("ns/user", unix.O_RDONLY)
-	return f, errors.Join(err, h.end())
+	if err = errors.Join(err, h.end()); err != nil {
+		closeAll(&f)
+		return nil, err
+	}
+	return f, nil
 }
 
 // RunInUserNS runs the calling program again, with args, env and io, in a user

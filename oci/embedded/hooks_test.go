@@ -407,3 +407,32 @@ func TestExtraFiles(t *testing.T) {
 	x.PidFD.Close()
 	expect(t, string(b[:n]), map[string]string{"fds:": "0,1,2,3=" + name})
 }
+
+// TestReopenRefused: a container whose spec is not taken any more can still be
+// ended and deleted.
+func TestReopenRefused(t *testing.T) {
+	r := runtimeFor(t)
+	c := newContainer(t, "hold:")
+	run := c.start(r)
+	saved, err := run.c.(*Container).Save()
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := *saved.Spec
+	s.Hooks = &specs.Hooks{Poststart: []specs.Hook{{Path: "relative"}}}
+	saved.Spec = &s
+	found, err := r.Reopen(saved)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := found.Exec(context.Background(), process(c.req.Spec.Process, "id:"), oci.Stdio{}); err == nil || !strings.Contains(err.Error(), "hooks.poststart[0].path") {
+		t.Errorf("exec: %v", err)
+	}
+	if err := found.KillAll(); err != nil {
+		t.Fatal(err)
+	}
+	run.wait()
+	if err := found.Delete(); err != nil {
+		t.Fatal(err)
+	}
+}

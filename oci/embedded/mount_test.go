@@ -344,3 +344,17 @@ func TestMaskOnce(t *testing.T) {
 		t.Errorf("mounts at %s", at)
 	}
 }
+
+// TestWholeProcProtected: a path that is a procfs's mount point means the procfs,
+// which is mounted later than the paths are looked at.
+func TestWholeProcProtected(t *testing.T) {
+	r := runtimeFor(t)
+	for _, make := range []func(testing.TB, ...string) *container{newContainer, newUserContainer} {
+		c := make(t, "write:/proc/self/oom_score_adj", "read:/proc/self/comm")
+		c.req.Spec.Linux.ReadonlyPaths = append(c.req.Spec.Linux.ReadonlyPaths, "/proc")
+		expect(t, c.output(r), map[string]string{"write:/proc/self/oom_score_adj": "error: open /proc/self/oom_score_adj: read-only file system", "read:/proc/self/comm": "probe|"})
+		c = make(t, "ls:/proc")
+		c.req.Spec.Linux.MaskedPaths = append([]string{"/proc"}, c.req.Spec.Linux.MaskedPaths...)
+		expect(t, c.output(r), map[string]string{"ls:/proc": ""})
+	}
+}

@@ -41,6 +41,7 @@ type plan struct {
 	filter     *seccomp.Filter
 	sysctls    []sysctl
 	warnings   []string
+	refused    error // of a container that was found again: why its spec is not taken any more
 }
 
 // user tells whether the container has a user namespace that is not ours.
@@ -130,7 +131,8 @@ func emptyResources(r *specs.LinuxResources) bool {
 			return false
 		}
 	}
-	return r.Memory == nil && r.CPU == nil && r.Pids == nil && r.BlockIO == nil && len(r.HugepageLimits) == 0 && len(r.Unified) == 0
+	return r.Memory == nil && r.CPU == nil && r.Pids == nil && r.BlockIO == nil && r.Network == nil &&
+		len(r.HugepageLimits) == 0 && len(r.Rdma) == 0 && len(r.Unified) == 0
 }
 
 // checkLinux checks the fields that are used long after Create.

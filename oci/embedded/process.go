@@ -42,7 +42,7 @@ func (c *Container) begin(s *script, p *specs.Process) (warnings []string, err e
 	if p == nil {
 		return nil, nil
 	}
-	if p.ExecCPUAffinity == nil {
+	if p.ExecCPUAffinity == nil || p.ExecCPUAffinity.Final == "" {
 		// The CPUs that the caller was bound to are no limit of the container's: all
 		// that its cgroup has, of which the kernel keeps those that there are.
 		s.do("all CPUs", unix.SYS_SCHED_SETAFFINITY, 0, len(allCPUs), allCPUs[:]).ignore(unix.EPERM, unix.EINVAL)

@@ -57,6 +57,9 @@ func (a *assembly) protect() error {
 func (a *assembly) protectInProc(p string, mask bool) (bool, error) {
 	for i := range a.procs {
 		rel, ok := below(a.procs[i].dest, p)
+		if p == a.procs[i].dest {
+			rel, ok = ".", true
+		}
 		if !ok {
 			continue
 		}

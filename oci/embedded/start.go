@@ -187,7 +187,8 @@ func (c *Container) follow(ctx context.Context, f *firstScript, gate *Gate) (oci
 		case early:
 			early, err = false, c.runEarlyHooks(ctx, ch)
 		case held && gate != nil:
-			return ch.Process, ch.status.Close()
+			ch.status.Close() // a pipe; the process now has the gate
+			return ch.Process, nil
 		case held:
 			held, err = false, c.runStartHooks(ctx, ch.PidFD, ch.Pid)
 		default:
