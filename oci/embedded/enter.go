@@ -69,7 +69,34 @@ func (c *Container) enterRoot(s *script) {
 		s.do("pivot_root", unix.SYS_PIVOT_ROOT, ".", ".")
 		s.do("unmount what is not the root", unix.SYS_UMOUNT2, ".", unix.MNT_DETACH)
 		s.do("enter root", unix.SYS_CHDIR, "/")
+		if c.userNS != nil {
+			c.shareAgain(s)
+		}
 	}
+}
+
+// shareAgain appends the propagation of shared mounts: in the copy of the mount
+// namespace the kernel made them slaves of those that were copied. They stay
+// slaves towards the host and are shared with what the container makes of its
+// namespace, as mounts made in a user namespace are.
+func (c *Container) shareAgain(s *script) {
+	share := func(field, at string, propagation uint64, flags int) {
+		if propagation != unix.MS_SHARED {
+			return
+		}
+		// The path is the container's own, and so is all that it may lead to. What was
+		// covered by a later mount is not there to be found.
+		attr := bytesOf(&unix.MountAttr{Propagation: propagation})
+		s.do(field+": mount_setattr", unix.SYS_MOUNT_SETATTR, atCwd, at, flags, attr, len(attr)).ignore(unix.EINVAL, unix.ENOENT, unix.ENOTDIR)
+	}
+	for _, m := range c.plan.mounts {
+		share(m.field, m.dest, m.rattr.Propagation, unix.AT_RECURSIVE)
+	}
+	recursive := 0
+	if c.plan.recursive {
+		recursive = unix.AT_RECURSIVE
+	}
+	share("linux.rootfsPropagation", "/", c.plan.propagate.Propagation, recursive)
 }
 
 // mountProc appends the procfs mounts with what lies on them. The working

@@ -358,3 +358,47 @@ func TestWholeProcProtected(t *testing.T) {
 		expect(t, c.output(r), map[string]string{"ls:/proc": ""})
 	}
 }
+
+// TestPropagationKinds: what is shared in a user namespace is, and a root that is
+// to be a slave has the host's mount for its master.
+func TestPropagationKinds(t *testing.T) {
+	r := runtimeFor(t)
+	dir := t.TempDir()
+	hostMount(t, dir)
+	if err := unix.Mount("", dir, "", unix.MS_SHARED, ""); err != nil {
+		t.Fatal(err)
+	}
+	for _, x := range []struct {
+		root        string
+		user        bool
+		root1, data string // the tags of the root and of /data
+	}{{"", false, "", "shared"}, {"slave", false, "master", "shared"}, {"rslave", true, "master", "shared"}, {"rshared", true, "shared", "shared"}} {
+		c := newContainer(t, "tags:/", "tags:/data")
+		if x.user {
+			c = newUserContainer(t, "tags:/", "tags:/data")
+		}
+		root := filepath.Join(dir, fmt.Sprintf("root-%s-%v", x.root, x.user))
+		for _, d := range []string{"bin", "proc", "sys", "dev", "etc", "tmp", "data"} {
+			if err := os.MkdirAll(filepath.Join(root, d), 0o755); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if err := unix.Mount(c.req.Rootfs.Lowers[0]+"/bin", root+"/bin", "", unix.MS_BIND, ""); err != nil { // the probe is larger than the tmpfs
+			t.Fatal(err)
+		}
+		t.Cleanup(func() {
+			if err := unix.Unmount(root+"/bin", unix.MNT_DETACH); err != nil {
+				t.Error(err)
+			}
+		})
+		c.req.Rootfs = oci.Rootfs{}
+		c.req.Spec.Root.Path, c.req.Spec.Linux.RootfsPropagation = root, x.root
+		c.req.Spec.Mounts = append(c.req.Spec.Mounts, bind("/data", t.TempDir(), "shared"))
+		out := c.output(r)
+		for at, want := range map[string]string{"tags:/": x.root1, "tags:/data": x.data} {
+			if got := value(t, out, at); want == "" && got != "" || !strings.Contains(got, want) {
+				t.Errorf("rootfsPropagation %q, user namespace %v: %s %q, want %q", x.root, x.user, at, got, want)
+			}
+		}
+	}
+}

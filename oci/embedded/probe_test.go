@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"net"
 	"os"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -100,6 +101,15 @@ func act(verb, x string) string {
 		return fmt.Sprintf("%o", unix.Umask(0))
 	case "mkdir":
 		return text("ok", os.Mkdir(x, 0o755))
+	case "tags": // of propagation, of the mount at x
+		b, err := os.ReadFile("/proc/self/mountinfo")
+		tags := ""
+		for line := range strings.Lines(string(b)) {
+			if f := strings.Fields(line); f[4] == x {
+				tags = strings.Join(f[6:slices.Index(f, "-")], ",")
+			}
+		}
+		return text(tags, err)
 	case "mounts":
 		b, err := os.ReadFile("/proc/self/mountinfo")
 		var at []string

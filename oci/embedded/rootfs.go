@@ -23,13 +23,13 @@ func openRootfs(r oci.Rootfs, path string, user *os.File) (*os.File, error) {
 		if path == "" {
 			return nil, invalid("root.path: missing")
 		}
-		return cloneRoot("root.path", path, 0)
+		return cloneRoot("root.path", path, 0, unix.MS_PRIVATE)
 	}
 	if (r.Upper == "") != (r.Work == "") {
 		return nil, invalid("rootfs: upper and work go together")
 	}
 	if r.Upper == "" && len(r.Lowers) == 1 {
-		m, err := cloneRoot("rootfs.lowers", r.Lowers[0], unix.MOUNT_ATTR_RDONLY)
+		m, err := cloneRoot("rootfs.lowers", r.Lowers[0], unix.MOUNT_ATTR_RDONLY, unix.MS_PRIVATE)
 		if err == nil && user != nil {
 			if err = idmapLayer(m, user); err != nil {
 				m.Close()
@@ -121,12 +121,12 @@ func openVolume(empty *os.File, v oci.Volume, user *os.File) (*os.File, error) {
 	return kernel.CloneDetached(empty, m, sub)
 }
 
-func cloneRoot(field, path string, set uint64) (*os.File, error) {
+func cloneRoot(field, path string, set, propagation uint64) (*os.File, error) {
 	m, err := kernel.CloneTree(unix.AT_FDCWD, path, true)
 	if err != nil {
 		return nil, fmt.Errorf("%s %q: %w: %w", field, path, err, errdefs.ErrInvalidArgument)
 	}
-	attr := &unix.MountAttr{Attr_set: set, Propagation: unix.MS_PRIVATE}
+	attr := &unix.MountAttr{Attr_set: set, Propagation: propagation}
 	if err := kernel.SetMountAttr(m, true, attr); err != nil {
 		m.Close()
 		return nil, fmt.Errorf("%s %q: %w", field, path, err)

@@ -280,6 +280,10 @@ func (r *Runtime) openRootAside(req oci.CreateRequest, p *plan) *rootAside {
 		if user != nil {
 			defer user.Close()
 		}
+		if len(req.Rootfs.Lowers) == 0 && path != "" && p.propagate.Propagation == unix.MS_SLAVE {
+			aside.file, aside.err = cloneRoot("root.path", path, 0, unix.MS_SLAVE) // of the host's, which must not be cut first
+			return
+		}
 		aside.file, aside.err = openRootfs(req.Rootfs, path, user)
 	}()
 	return aside
