@@ -91,7 +91,7 @@ func (a *app) command() *cobra.Command {
 		PersistentPreRunE: func(cmd *cobra.Command, _ []string) error { return a.prepare(cmd) },
 	}
 	root.SetVersionTemplate(fmt.Sprintf("berth-oci version %s\nspec: %s\ngo: %s\n", version.String(), specs.Version, runtime.Version()))
-	root.CompletionOptions.DisableDefaultCmd = true
+	root.CompletionOptions.HiddenDefaultCmd = true // help lists the commands of runc
 	f := root.PersistentFlags()
 	f.BoolVar(&a.debug, "debug", false, "log what is done")
 	f.StringVar(&a.logFile, "log", "", "file to append the log to (default: stderr)")
