@@ -9,8 +9,9 @@
 #   --profile  plain:      cgroup v2 alone, AppArmor, Linux 6.1 (Debian's cloud kernel)
 #              systemd:    the same with systemd as pid 1, D-Bus and apparmor_parser
 #              restricted: no user namespaces (sysctl), no nf_tables modules
-#              newer:      plain on the kernel of Debian's backports
-#              (default: each of them in this order; with run: plain)
+#              newer:      plain on the kernel of Debian's backports, which crashes at its boot
+#                          with qemu 7.2 and tcg
+#              (default: each but newer, in this order; with run: plain)
 #   --timeout  for each machine (default 1800)
 #   --run      only tests that match, as `go test -run`
 #   PACKAGE    such as ./sandbox/stats (default: every package that has tests; in
@@ -46,7 +47,7 @@ while [ $# -gt 0 ]; do
   esac
 done
 if [ ${#profiles[@]} = 0 ]; then
-  profiles=(plain systemd restricted newer)
+  profiles=(plain systemd restricted)
   [ ${#command[@]} = 0 ] || profiles=(plain)
 fi
 [ ${#command[@]} = 0 ] || [ ${#profiles[@]} = 1 ] || die "run: want one --profile"
