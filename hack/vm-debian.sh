@@ -1,0 +1,73 @@
+# For vm.sh: what its machines have from Debian, kept in $cache. Sourced.
+
+# kernel_of sets $kernel and $release to those of Debian's cloud kernel: of
+# "stable", this machine's own release, or of its "backports".
+kernel_of() {
+  local package opts=()
+  kernel=$cache/kernel
+  if [ "$1" = backports ]; then
+    kernel=$cache/kernel-backports
+    if ! [ -e "$kernel/complete" ]; then
+      # A package list of our own: this machine's stay as they are.
+      local name site lists=$W/apt
+      name=$(. /etc/os-release && echo "$VERSION_CODENAME")
+      site=$(apt-get indextargets --format '$(SITE)' "Codename: $name" | head -n 1)
+      [ -n "$site" ] || die "apt knows no package list of $name: run apt-get update"
+      mkdir -p "$lists"/{lists,cache/archives}/partial
+      echo "deb $site $name-backports main" >"$lists/sources.list"
+      opts=(-o "Dir::Etc::sourcelist=$lists/sources.list" -o Dir::Etc::sourceparts=- -o "Dir::State::lists=$lists/lists" -o "Dir::Cache=$lists/cache" -o APT::Sandbox::User=root)
+      apt-get "${opts[@]}" update -q
+    fi
+  fi
+  if ! [ -e "$kernel/complete" ]; then
+    depends() { apt-cache "${opts[@]}" depends linux-image-cloud-amd64 2>/dev/null | sed -n 's/.*Depends: *\(linux-image-[0-9].*\)/\1/p'; }
+    if [ -z "$(depends)" ]; then
+      [ "$(id -u)" = 0 ] || die "apt knows no linux-image-cloud-amd64: run apt-get update as root"
+      apt-get "${opts[@]}" update -q
+    fi
+    package=$(depends)
+    [ -n "$package" ] || die "apt knows no linux-image-cloud-amd64: want Debian's package lists"
+    rm -rf "$kernel"
+    mkdir "$kernel"
+    (cd "$kernel" && apt-get "${opts[@]}" download -q "$package" && dpkg-deb -x "$package"_*.deb . && rm "$package"_*.deb)
+    touch "$kernel/complete"
+  fi
+  release=$(ls "$kernel/lib/modules")
+}
+
+# systemd_root makes the root of a machine with systemd, which runs vm-suites.sh
+# as a unit when it is up.
+systemd_root() {
+  local packages=systemd,systemd-sysv,dbus,apparmor,kmod,iproute2,procps,runc,crun tar
+  [ "$(id -u)" = 0 ] || die "profile systemd: needs root, for the owners of files"
+  tar=$cache/systemd-$(echo "$packages" | cksum | cut -d' ' -f1).tar
+  if ! [ -e "$tar" ]; then
+    mmdebstrap --quiet --variant=minbase --include="$packages" "$(. /etc/os-release && echo "$VERSION_CODENAME")" "$W/root.tar"
+    mv "$W/root.tar" "$tar.new"
+    mv "$tar.new" "$tar"
+  fi
+  mkdir -p "$root/src"
+  tar -C "$root" -xf "$tar" --exclude='./dev/*'
+  mkdir -p "$root/src"
+  echo "nameserver 192.0.2.1" >"$root/etc/resolv.conf"
+  local units=$root/etc/systemd/system
+  cat >"$units/suites.service" <<UNIT
+[Unit]
+Description=test suites
+After=multi-user.target
+
+[Service]
+Type=oneshot
+ExecStart=/bin/sh /src/vm-suites.sh
+StandardInput=null
+StandardOutput=file:/dev/ttyS0
+StandardError=file:/dev/ttyS0
+Delegate=yes
+TasksMax=infinity
+LimitNOFILE=1048576
+UNIT
+  mkdir -p "$units/graphical.target.wants"
+  ln -s ../suites.service "$units/graphical.target.wants/suites.service"
+  local off
+  for off in serial-getty@ttyS0.service getty@tty1.service apt-daily.timer apt-daily-upgrade.timer; do ln -s /dev/null "$units/$off"; done
+}
