@@ -17,7 +17,7 @@ build:
 test: build
 	hack/test.sh
 
-# The same in virtual machines: cgroup v2 alone with AppArmor, systemd, restrictions, another kernel (see hack/vm.sh).
+# The same in a virtual machine with cgroup v2 alone, AppArmor and an older kernel; hack/vm.sh knows another one, with systemd.
 test-vm:
 	hack/vm.sh
 

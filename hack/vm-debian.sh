@@ -1,35 +1,20 @@
 # For vm.sh: what its machines have from Debian, kept in $cache. Sourced.
 
-# kernel_of sets $kernel and $release to those of Debian's cloud kernel: of
-# "stable", this machine's own release, or of its "backports".
-kernel_of() {
-  local package opts=()
+# fetch_kernel sets $kernel and $release to those of Debian's cloud kernel.
+fetch_kernel() {
+  local package
   kernel=$cache/kernel
-  if [ "$1" = backports ]; then
-    kernel=$cache/kernel-backports
-    if ! [ -e "$kernel/complete" ]; then
-      # A package list of our own: this machine's stay as they are.
-      local name site lists=$W/apt
-      name=$(. /etc/os-release && echo "$VERSION_CODENAME")
-      site=$(apt-get indextargets --format '$(SITE)' "Codename: $name" | head -n 1)
-      [ -n "$site" ] || die "apt knows no package list of $name: run apt-get update"
-      mkdir -p "$lists"/{lists,cache/archives}/partial
-      echo "deb $site $name-backports main" >"$lists/sources.list"
-      opts=(-o "Dir::Etc::sourcelist=$lists/sources.list" -o Dir::Etc::sourceparts=- -o "Dir::State::lists=$lists/lists" -o "Dir::Cache=$lists/cache" -o APT::Sandbox::User=root)
-      apt-get "${opts[@]}" update -q
-    fi
-  fi
   if ! [ -e "$kernel/complete" ]; then
-    depends() { apt-cache "${opts[@]}" depends linux-image-cloud-amd64 2>/dev/null | sed -n 's/.*Depends: *\(linux-image-[0-9].*\)/\1/p'; }
+    depends() { apt-cache depends linux-image-cloud-amd64 2>/dev/null | sed -n 's/.*Depends: *\(linux-image-[0-9].*\)/\1/p'; }
     if [ -z "$(depends)" ]; then
       [ "$(id -u)" = 0 ] || die "apt knows no linux-image-cloud-amd64: run apt-get update as root"
-      apt-get "${opts[@]}" update -q
+      apt-get update -q
     fi
     package=$(depends)
     [ -n "$package" ] || die "apt knows no linux-image-cloud-amd64: want Debian's package lists"
     rm -rf "$kernel"
     mkdir "$kernel"
-    (cd "$kernel" && apt-get "${opts[@]}" download -q "$package" && dpkg-deb -x "$package"_*.deb . && rm "$package"_*.deb)
+    (cd "$kernel" && apt-get download -q "$package" && dpkg-deb -x "$package"_*.deb . && rm "$package"_*.deb)
     touch "$kernel/complete"
   fi
   release=$(ls "$kernel/lib/modules")

@@ -8,14 +8,11 @@
 #
 #   --profile  plain:      cgroup v2 alone, AppArmor, Linux 6.1 (Debian's cloud kernel)
 #              systemd:    the same with systemd as pid 1, D-Bus and apparmor_parser
-#              restricted: no user namespaces (sysctl), no nf_tables modules
-#              newer:      plain on the kernel of Debian's backports, which crashes at its boot
-#                          with qemu 7.2 and tcg
-#              (default: each but newer, in this order; with run: plain)
+#              (default: plain)
 #   --timeout  for each machine (default 1800)
 #   --run      only tests that match, as `go test -run`
 #   PACKAGE    such as ./sandbox/stats (default: every package that has tests; in
-#              systemd and restricted those that are about it)
+#              systemd those that are about it)
 #   run        runs a command instead, with Berth's programs in PATH; on a terminal
 #              it can be a shell (end qemu with ctrl-a x)
 #
@@ -36,7 +33,7 @@ timeout=1800 run='' profiles=() pkgs=() command=()
 while [ $# -gt 0 ]; do
   case $1 in
   --profile)
-    case ${2-} in plain | systemd | restricted | newer) profiles+=("$2") ;; *) die "--profile: want plain, systemd, restricted or newer" ;; esac
+    case ${2-} in plain | systemd) profiles+=("$2") ;; *) die "--profile: want plain or systemd" ;; esac
     shift 2 ;;
   --timeout) [ $# -gt 1 ] || die "--timeout: want seconds"; timeout=$2; shift 2 ;;
   --run) [ $# -gt 1 ] || die "--run: want a regular expression"; run=$2; shift 2 ;;
@@ -47,8 +44,7 @@ while [ $# -gt 0 ]; do
   esac
 done
 if [ ${#profiles[@]} = 0 ]; then
-  profiles=(plain systemd restricted)
-  [ ${#command[@]} = 0 ] || profiles=(plain)
+  profiles=(plain)
 fi
 [ ${#command[@]} = 0 ] || [ ${#profiles[@]} = 1 ] || die "run: want one --profile"
 [ "$(uname -m)" = x86_64 ] || die "needs an amd64 machine: its kernel and emulator are for that"
@@ -84,9 +80,8 @@ suites() {
     printf '%s\n' "${pkgs[@]}"
   else
     case $1 in
-    plain | newer) printf '%s\n' "${all[@]}" ;;
+    plain) printf '%s\n' "${all[@]}" ;;
     systemd) printf '%s\n' ./oci/embedded/cgroup/systemd ./cmd/berth-oci ./sandbox/stats ./test/conformance ;;
-    restricted) printf '%s\n' ./cmd/berth ./cni/builtin ./sandbox ./test/conformance ;;
     esac
   fi
 }
@@ -125,7 +120,6 @@ modules() {
     [ ! -e "$kernel/$dir/kernel/$m" ] || cp -a "$kernel/$dir/kernel/$m" "$root/$dir/kernel/$m"
     [ ! -e "$kernel/$dir/kernel/$m.xz" ] || cp -a "$kernel/$dir/kernel/$m.xz" "$root/$dir/kernel/$m.xz"
   done
-  [ "$profile" != restricted ] || find "$root/$dir" -name 'nf_tables*' -delete
   find "$root/$dir" -name '*.xz' -exec xz -d {} + # busybox and the first insmod want them plain
   cp "$kernel/$dir"/modules.{order,builtin,builtin.modinfo} "$root/$dir/"
   depmod -b "$root" "$release"
@@ -136,7 +130,7 @@ boot() {
   profile=$1 root=$W/root console=$cache/results/$1.log
   local p m initrd=$W/initrd how=() disk
   rm -rf "$root" "$W/disk" "$initrd"
-  case $profile in newer) kernel_of backports ;; *) kernel_of stable ;; esac
+  fetch_kernel
   case $profile in systemd) systemd_root ;; *) busybox_root ;; esac
   modules
   cp -a "$W/bin" go.mod hack/vm-skips.txt hack/vm-suites.sh "$root/src/"
