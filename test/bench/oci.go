@@ -46,7 +46,7 @@ func benchOCI(ctx context.Context, w io.Writer, args []string) error {
 		return err
 	}
 	if f.NArg() == 0 || *n < 1 {
-		return errors.New("usage: bench oci [--n ROUNDS] [--hide-unified] NAME=PATH...")
+		return errors.New("usage: bench oci [--n ROUNDS] [--hide-unified] NAME=PATH [NAME=PATH...]")
 	}
 	if *hide && os.Getenv(hiddenEnv) == "" {
 		return againHidden(ctx, w, args)
