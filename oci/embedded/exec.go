@@ -64,8 +64,7 @@ func (c *Container) Exec(ctx context.Context, p *specs.Process, io oci.Stdio) (_
 	if err := c.giveStdio(l.stdio, p.User.UID, p.Terminal); err != nil {
 		return oci.Process{}, err
 	}
-	// A listener of the container's filter is asked about execs as well.
-	agent, err := c.newAgentGate(s)
+	agent, err := c.newAgentGate(s, p)
 	if err != nil {
 		return oci.Process{}, err
 	}
@@ -82,6 +81,7 @@ func (c *Container) Exec(ctx context.Context, p *specs.Process, io oci.Stdio) (_
 		if late {
 			in = s.appear(p.Terminal, in)
 		}
+		s.holdForScheduler(p, in)
 		if err == nil {
 			err = c.seal(s, p, in)
 		}
@@ -90,7 +90,7 @@ func (c *Container) Exec(ctx context.Context, p *specs.Process, io oci.Stdio) (_
 	})
 	var proc oci.Process
 	if err == nil {
-		proc, err = c.followExec(ch, agent.release)
+		proc, err = c.followExec(ch, p, agent.release)
 	}
 	if err != nil {
 		if errors.Is(err, unix.ESRCH) {
@@ -104,16 +104,17 @@ func (c *Container) Exec(ctx context.Context, p *specs.Process, io oci.Stdio) (_
 }
 
 // agentGate is what a process with a listener in its filter waits at until the
-// listener has been handed out.
+// listener has been handed out, for execs as for the first process, and one whose
+// scheduling policy a fork would lose until it has that.
 type agentGate struct {
 	in            childFD
 	wait, release *os.File
 }
 
-// newAgentGate makes the gate for a script where the container's filter wants one.
-func (c *Container) newAgentGate(s *script) (g agentGate, err error) {
+// newAgentGate makes the gate for the script of p where there is something to wait for.
+func (c *Container) newAgentGate(s *script, p *specs.Process) (g agentGate, err error) {
 	g.in = -1
-	if c.plan.filter == nil || !c.plan.filter.Listener {
+	if (c.plan.filter == nil || !c.plan.filter.Listener) && !lostByFork(p) {
 		return g, nil
 	}
 	if g.wait, g.release, err = os.Pipe(); err == nil {
@@ -159,14 +160,18 @@ func (c *Container) spawnInside(s *script, pidfd *os.File, pid int, l launch, la
 	return ch, err
 }
 
-// followExec waits until the program of an exec runs.
-func (c *Container) followExec(ch *child, gate *os.File) (oci.Process, error) {
+// followExec waits until the program of an exec, p, runs.
+func (c *Container) followExec(ch *child, p *specs.Process, gate *os.File) (oci.Process, error) {
 	for {
 		m, err := ch.next()
 		if err != nil || m.kind == 0 {
 			return ch.Process, err
 		}
-		err = c.sendFilter(ch.PidFD, ch.Pid, m.value)
+		if m.kind == msgSched {
+			err = setScheduler(ch.Pid, p)
+		} else {
+			err = c.sendFilter(ch.PidFD, ch.Pid, m.value)
+		}
 		if err == nil {
 			_, err = gate.Write([]byte{1})
 		}

@@ -1,6 +1,7 @@
 package embedded
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"os"
@@ -54,6 +55,45 @@ func TestAttributes(t *testing.T) {
 	want["sched:"], want["status:Cpus_allowed_list"] = "0 7", "0"
 	delete(want, "ioprio:")
 	expect(t, out, want)
+}
+
+// TestSchedulerAndForks: a policy that a fork ends or forbids is that of the
+// program, however many processes came before it.
+func TestSchedulerAndForks(t *testing.T) {
+	r := runtimeFor(t)
+	deadline := &specs.Scheduler{Policy: specs.SchedDeadline, Flags: []specs.LinuxSchedulerFlag{specs.SchedFlagResetOnFork}, Runtime: 42000, Deadline: 1000000, Period: 1000000}
+	batch := &specs.Scheduler{Policy: specs.SchedBatch, Flags: deadline.Flags, Nice: 3}
+	for _, user := range []bool{false, true} {
+		for _, policy := range []*specs.Scheduler{deadline, batch} {
+			c := newContainer(t, "hold:")
+			if user {
+				c = newUserContainer(t, "hold:")
+			}
+			c.req.Spec.Process.Scheduler = policy
+			tracers := []string{"CAP_SYS_PTRACE"} // an exec appears by a fork, late
+			c.req.Spec.Process.Capabilities = &specs.LinuxCapabilities{Bounding: tracers, Effective: tracers, Permitted: tracers}
+			run := c.start(r)
+			checkPolicy(t, fmt.Sprintf("user namespace %v, first process", user), run.p.Pid, policy)
+			proc, err := run.c.Exec(context.Background(), process(c.req.Spec.Process, "hold:"), oci.Stdio{})
+			if err != nil {
+				t.Fatal(err)
+			}
+			checkPolicy(t, fmt.Sprintf("user namespace %v, exec", user), proc.Pid, policy)
+			if err := abandon(proc); err != nil {
+				t.Error(err)
+			}
+			run.stop()
+		}
+	}
+}
+
+// checkPolicy looks at the first thread of a process.
+func checkPolicy(t *testing.T, what string, pid int, want *specs.Scheduler) {
+	t.Helper()
+	a, err := unix.SchedGetAttr(pid, 0)
+	if err != nil || a.Policy != schedPolicies[want.Policy] {
+		t.Errorf("%s: %+v, %v, want %s", what, a, err, want.Policy)
+	}
 }
 
 // TestAllCPUs: what the caller is bound to, the container is not.

@@ -43,7 +43,7 @@ const agentTime = 30 * time.Second
 
 // message is what a child tells on its status pipe.
 type message struct {
-	kind  int // msgHold, msgFilter; 0: the script is done
+	kind  int // msgHold, msgFilter, msgSched; 0: the script is done
 	value int
 }
 

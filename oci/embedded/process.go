@@ -124,7 +124,7 @@ func (c *Container) attributes(s *script, p *specs.Process) error {
 			return err
 		}
 	}
-	if p.Scheduler != nil {
+	if p.Scheduler != nil && !lostByFork(p) {
 		attr, err := schedAttr(p.Scheduler)
 		if err != nil {
 			return err

@@ -185,7 +185,8 @@ const (
 	msgPid     = 1 // the process goes on as the pid given: its first one ends
 	msgHold    = 2 // it waits
 	msgFilter  = 3 // it waits; the descriptor given is its seccomp listener
-	maxMessage = 3
+	msgSched   = 4 // it waits to be given its scheduling policy
+	maxMessage = 4
 )
 
 // openat2 appends the opening of a path below the working directory. The kernel

@@ -69,10 +69,11 @@ func (c *Container) first(ctx context.Context, io oci.Stdio, gate *Gate) (oci.Pr
 // firstScript is the compiled start of the first process.
 type firstScript struct {
 	*script
+	process  *specs.Process
 	launch   launch
 	warnings []string
-	// Where the process waits, if it does: for the early hooks, at the gate, for
-	// the listener of its filter.
+	// Where the process waits, if it does: for its scheduling policy, for the early
+	// hooks, at the gate, for the listener of its filter.
 	wait, gate *os.File
 	early      bool
 	held       bool // there is a gate or something like it
@@ -94,7 +95,7 @@ func (f *firstScript) release() error {
 // compile writes the script of the first process.
 func (c *Container) compile(p *specs.Process, io oci.Stdio, gate *Gate) (_ *firstScript, err error) {
 	h := c.plan.spec.Hooks
-	f := &firstScript{script: newScript(io.Extra), launch: launch{cgroup: c.joinDir, pidNS: c.joinPID, stdio: c.stdio(io)}}
+	f := &firstScript{script: newScript(io.Extra), process: p, launch: launch{cgroup: c.joinDir, pidNS: c.joinPID, stdio: c.stdio(io)}}
 	defer func() {
 		if err != nil {
 			f.close()
@@ -109,7 +110,7 @@ func (c *Container) compile(p *specs.Process, io oci.Stdio, gate *Gate) (_ *firs
 	if gate != nil {
 		gateGo, gateStatus = s.fd(gate.Go), s.fd(gate.Status)
 	}
-	if f.early || f.held || listener {
+	if f.early || f.held || listener || lostByFork(p) {
 		if f.wait, f.gate, err = os.Pipe(); err != nil {
 			return nil, err
 		}
@@ -120,6 +121,7 @@ func (c *Container) compile(p *specs.Process, io oci.Stdio, gate *Gate) (_ *firs
 	}
 	c.join(s)
 	c.session(s)
+	s.holdForScheduler(p, in)
 	if c.plan.ns[specs.PIDNamespace].mode == nsNew && c.userNS == nil {
 		f.launch.clone = unix.CLONE_NEWPID
 	}
@@ -184,6 +186,8 @@ func (c *Container) follow(ctx context.Context, f *firstScript, gate *Gate) (oci
 			return ch.Process, c.afterStart(ctx, ch)
 		case m.kind == msgFilter:
 			err = c.sendFilter(ch.PidFD, ch.Pid, m.value)
+		case m.kind == msgSched:
+			err = setScheduler(ch.Pid, f.process)
 		case early:
 			early, err = false, c.runEarlyHooks(ctx, ch)
 		case held && gate != nil:
@@ -258,7 +262,7 @@ func (c *Container) runStartHooks(ctx context.Context, pidfd *os.File, pid int) 
 		if _, err := c.begin(s, &p); err != nil {
 			return oci.Process{}, err
 		}
-		agent, err := c.newAgentGate(s)
+		agent, err := c.newAgentGate(s, &p)
 		if err != nil {
 			return oci.Process{}, err
 		}
@@ -268,6 +272,7 @@ func (c *Container) runStartHooks(ctx context.Context, pidfd *os.File, pid int) 
 			if _, err := c.identity(s, &p, false); err != nil {
 				return err
 			}
+			s.holdForScheduler(&p, agent.in)
 			if err := c.seal(s, &p, agent.in); err != nil {
 				return err
 			}
@@ -277,7 +282,7 @@ func (c *Container) runStartHooks(ctx context.Context, pidfd *os.File, pid int) 
 		if err != nil {
 			return oci.Process{}, err
 		}
-		return c.followExec(ch, agent.release)
+		return c.followExec(ch, &p, agent.release)
 	})
 }
 
