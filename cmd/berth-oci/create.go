@@ -16,6 +16,7 @@ import (
 
 	"github.com/berth-runtime/berth/internal/durable"
 	"github.com/berth-runtime/berth/internal/id"
+	"github.com/berth-runtime/berth/internal/kernel"
 	"github.com/berth-runtime/berth/internal/undo"
 	"github.com/berth-runtime/berth/oci"
 	"github.com/berth-runtime/berth/oci/embedded"
@@ -335,16 +336,8 @@ func killAll(c *embedded.Container) error {
 // end kills and reaps a process of ours.
 func end(p oci.Process) error {
 	err := unix.Kill(p.Pid, unix.SIGKILL) // ours and not yet reaped: the number is its own
-	_, werr := reap(p.Pid)
+	_, werr := kernel.Reap(p.Pid)
 	return errors.Join(err, werr)
-}
-
-func reap(pid int) (ws unix.WaitStatus, err error) {
-	for {
-		if _, err = unix.Wait4(pid, &ws, 0, nil); err != unix.EINTR {
-			return ws, err
-		}
-	}
 }
 
 func ownPIDs(s *specs.Spec) bool {

@@ -24,6 +24,7 @@ import (
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
 
+	"github.com/berth-runtime/berth/internal/kernel"
 	"github.com/berth-runtime/berth/internal/version"
 	"github.com/berth-runtime/berth/oci/embedded/state"
 )
@@ -137,16 +138,10 @@ func (a *app) prepare(cmd *cobra.Command) error {
 
 // defaultRoot is /run/berth-oci for root, and a directory of the user's own otherwise.
 func defaultRoot() string {
-	if dir := os.Getenv("XDG_RUNTIME_DIR"); dir != "" && (os.Geteuid() != 0 || inUserNS() && os.Getenv("USER") != "root") {
+	if dir := os.Getenv("XDG_RUNTIME_DIR"); dir != "" && (os.Geteuid() != 0 || kernel.InUserNamespace() && os.Getenv("USER") != "root") {
 		return filepath.Join(dir, "berth-oci")
 	}
 	return "/run/berth-oci"
-}
-
-// inUserNS reports whether our ids are mapped: the initial user namespace maps all to themselves.
-func inUserNS() bool {
-	b, err := os.ReadFile("/proc/self/uid_map")
-	return err == nil && strings.Join(strings.Fields(string(b)), " ") != "0 0 4294967295"
 }
 
 // isRootless reports whether a container may go without a cgroup that we may not make.
@@ -154,7 +149,7 @@ func (a *app) isRootless() bool {
 	if b, err := strconv.ParseBool(a.rootless); err == nil {
 		return b
 	}
-	return os.Geteuid() != 0 || inUserNS()
+	return os.Geteuid() != 0 || kernel.InUserNamespace()
 }
 
 // states is where the containers' directories are. Below XDG_RUNTIME_DIR the

@@ -9,6 +9,7 @@ import (
 
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 
+	"github.com/berth-runtime/berth/internal/kernel"
 	"github.com/berth-runtime/berth/oci"
 	"github.com/berth-runtime/berth/oci/embedded"
 )
@@ -52,7 +53,7 @@ func (a *app) inUserNamespace(s *specs.Spec, preserve int) error {
 	}
 	defer p.PidFD.Close()
 	go (&attachment{signals: signals}).forward(p)
-	ws, err := reap(p.Pid)
+	ws, err := kernel.Reap(p.Pid)
 	switch {
 	case err != nil:
 		return fmt.Errorf("wait: %w", err)

@@ -39,6 +39,7 @@ var mayResolve = map[string][]string{
 	"internal/kernel/mount.go":   {"host: unix.Mount unix.PivotRoot unix.Unmount", "name: unix.OpenTree unix.MoveMount unix.Mkdirat unix.Mknodat"}, // the empty tree
 	"internal/kernel/ns.go":      {"host: os.Open"},                                                                                                // our own namespaces
 	"internal/kernel/path.go":    {"name: unix.Openat2"},                                                                                           // OpenInRoot itself
+	"internal/kernel/process.go": {"host: os.ReadFile"},                                                                                            // /proc/self/uid_map
 	"oci/embedded/assemble.go":   {"name: unix.Openat2"},                                                                                           // below a root, through no link at all
 	"oci/embedded/caps.go":       {"host: os.Open os.ReadFile"},
 	"oci/embedded/copyup.go":     {"name: unix.Fchmodat unix.Fchownat unix.Linkat unix.Mkdirat unix.Mknodat unix.Openat unix.Openat2 unix.Readlinkat unix.Statx unix.Symlinkat unix.UtimesNanoAt"},
@@ -55,7 +56,7 @@ var mayResolve = map[string][]string{
 	"oci/embedded/protect.go":    {"name: unix.Fstatat"},                                                      // in our procfs
 	"oci/embedded/root.go":       {"host: os.OpenFile unix.Chroot unix.Mount unix.Open", "name: unix.Openat"}, // root.path; chroot to "."; the empty tree
 	"oci/embedded/rootfs.go":     {"host: os.OpenFile"},                                                       // layers
-	"oci/embedded/runtime.go":    {"host: os.Open os.ReadFile unix.Open"},                                     // our procfs, the host's /dev/null, both verified
+	"oci/embedded/runtime.go":    {"host: os.Open unix.Open"},                                                 // our procfs, the host's /dev/null, both verified
 	"oci/embedded/sources.go":    {"host: os.ReadFile", "name: unix.Fchownat unix.Mkdirat unix.Symlinkat"},    // in our tmpfs of a cgroup mount
 }
 

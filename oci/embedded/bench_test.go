@@ -92,7 +92,7 @@ func benchLife(b *testing.B, pause time.Duration) {
 		if err := unix.PidfdSendSignal(int(p.PidFD.Fd()), unix.SIGKILL, nil, 0); err != nil {
 			b.Fatal(err)
 		}
-		if _, err := reap(p.Pid); err != nil {
+		if _, err := kernel.Reap(p.Pid); err != nil {
 			b.Fatal(err)
 		}
 		p.PidFD.Close()
@@ -122,7 +122,7 @@ func benchExec(b *testing.B, pause time.Duration) {
 		if err != nil {
 			b.Fatal(err)
 		}
-		if ws, err := reap(proc.Pid); err != nil || ws != 0 {
+		if ws, err := kernel.Reap(proc.Pid); err != nil || ws != 0 {
 			b.Fatal(ws, err)
 		}
 		proc.PidFD.Close()

@@ -13,6 +13,7 @@ import (
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 
+	"github.com/berth-runtime/berth/internal/kernel"
 	"github.com/berth-runtime/berth/oci"
 )
 
@@ -97,7 +98,7 @@ func TestExecErrors(t *testing.T) {
 		}
 	}
 	_ = unix.Kill(proc.Pid, unix.SIGKILL)
-	if _, err := reap(proc.Pid); err != nil {
+	if _, err := kernel.Reap(proc.Pid); err != nil {
 		t.Error(err)
 	}
 	run.p.PidFD.Close()
@@ -147,7 +148,7 @@ func TestTerminal(t *testing.T) {
 	defer proc.Console.Close()
 	defer proc.PidFD.Close()
 	out = readTerminal(t, proc.Console)
-	if _, err := reap(proc.Pid); err != nil {
+	if _, err := kernel.Reap(proc.Pid); err != nil {
 		t.Error(err)
 	}
 	expect(t, out, map[string]string{"link:/proc/self/fd/0": "/dev/pts/0", "winsize:": "5x6", "open:/dev/tty": "ok", "id:": "1000 0 []"})
@@ -211,7 +212,7 @@ func TestSequentialLives(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if ws, err := reap(proc.Pid); err != nil || ws != 0 {
+		if ws, err := kernel.Reap(proc.Pid); err != nil || ws != 0 {
 			t.Fatal(ws, err)
 		}
 		proc.PidFD.Close()

@@ -18,6 +18,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/berth-runtime/berth/internal/id"
+	"github.com/berth-runtime/berth/internal/kernel"
 	"github.com/berth-runtime/berth/oci"
 	"github.com/berth-runtime/berth/oci/embedded/cgroup"
 	"github.com/berth-runtime/berth/test/pace"
@@ -262,7 +263,7 @@ func (r *running) wait() (string, unix.WaitStatus) {
 }
 
 func (r *running) reap() unix.WaitStatus {
-	ws, err := reap(r.p.Pid)
+	ws, err := kernel.Reap(r.p.Pid)
 	if err != nil {
 		r.t.Error(err)
 	}
@@ -279,15 +280,6 @@ func (r *running) stop() {
 	if !r.done {
 		_ = unix.Kill(r.p.Pid, unix.SIGKILL)
 		r.reap()
-	}
-}
-
-func reap(pid int) (ws unix.WaitStatus, err error) {
-	for {
-		_, err = unix.Wait4(pid, &ws, 0, nil)
-		if err != unix.EINTR {
-			return ws, err
-		}
 	}
 }
 
@@ -319,7 +311,7 @@ func (r *running) exec(p *specs.Process) (string, unix.WaitStatus, error) {
 	if _, err := b.ReadFrom(out); err != nil {
 		r.t.Error(err)
 	}
-	ws, err := reap(proc.Pid)
+	ws, err := kernel.Reap(proc.Pid)
 	return b.String(), ws, err
 }
 

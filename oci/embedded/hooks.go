@@ -18,6 +18,7 @@ import (
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 
+	"github.com/berth-runtime/berth/internal/kernel"
 	"github.com/berth-runtime/berth/oci"
 )
 
@@ -198,7 +199,7 @@ func (c *Container) runInsideOne(ctx context.Context, h specs.Hook, state []byte
 		_, _ = io.Copy(&out, outR)
 	}()
 	stop := context.AfterFunc(ctx, func() { _ = unix.PidfdSendSignal(int(proc.PidFD.Fd()), unix.SIGKILL, nil, 0) })
-	ws, err := reapChild(proc.Pid)
+	ws, err := kernel.Reap(proc.Pid)
 	stop()
 	_ = outR.SetReadDeadline(time.Now().Add(time.Second)) // as WaitDelay above
 	<-read
@@ -213,13 +214,4 @@ func (c *Container) runInsideOne(ctx context.Context, h specs.Hook, state []byte
 		err = fmt.Errorf("exit status %d", ws.ExitStatus())
 	}
 	return withOutput(err, &out)
-}
-
-// reapChild waits for the end of a child of ours.
-func reapChild(pid int) (ws unix.WaitStatus, err error) {
-	for {
-		if _, err = unix.Wait4(pid, &ws, 0, nil); err != unix.EINTR {
-			return ws, err
-		}
-	}
 }

@@ -16,6 +16,7 @@ import (
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 
+	"github.com/berth-runtime/berth/internal/kernel"
 	"github.com/berth-runtime/berth/oci"
 	"github.com/berth-runtime/berth/test/pace"
 )
@@ -245,7 +246,7 @@ func TestCreated(t *testing.T) {
 			if err != nil {
 				t.Error("terminal of a container that was found again:", err)
 			} else {
-				_, _ = reap(x.Pid)
+				_, _ = kernel.Reap(x.Pid)
 				x.Console.Close()
 				x.PidFD.Close()
 			}
@@ -338,7 +339,7 @@ func TestCreatedErrors(t *testing.T) {
 	if !errors.Is(err, errdefs.ErrInvalidArgument) || !strings.Contains(err.Error(), `exec: "/bin/text": exec format error`) {
 		t.Errorf("no program: %v", err)
 	}
-	_, _ = reap(p.Pid)
+	_, _ = kernel.Reap(p.Pid)
 	p.PidFD.Close()
 }
 
@@ -403,7 +404,7 @@ func TestExtraFiles(t *testing.T) {
 	}
 	n, _ = out2.Read(b)
 	out2.Close()
-	_, _ = reap(x.Pid)
+	_, _ = kernel.Reap(x.Pid)
 	x.PidFD.Close()
 	expect(t, string(b[:n]), map[string]string{"fds:": "0,1,2,3=" + name})
 }

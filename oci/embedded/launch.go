@@ -12,6 +12,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/berth-runtime/berth/internal/kernel"
 	"github.com/berth-runtime/berth/oci"
 )
 
@@ -159,15 +160,11 @@ func abandon(p oci.Process) error {
 	if err == unix.ESRCH {
 		err = nil
 	}
-	for {
-		_, werr := unix.Wait4(p.Pid, nil, 0, nil)
-		if werr == unix.ECHILD {
-			werr = nil // the caller's own reaper was faster
-		}
-		if werr != unix.EINTR {
-			return errors.Join(err, werr, p.PidFD.Close())
-		}
+	_, werr := kernel.Reap(p.Pid)
+	if werr == unix.ECHILD {
+		werr = nil // the caller's own reaper was faster
 	}
+	return errors.Join(err, werr, p.PidFD.Close())
 }
 
 // fork makes the process; path resolves in the child, after its fds are in

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
-	"strings"
 	"sync"
 
 	"github.com/containerd/errdefs"
@@ -73,7 +72,7 @@ func New(c Config) (_ *Runtime, err error) {
 		return nil, err
 	}
 	r.plain = r.caps.effective&(1<<unix.CAP_SYS_ADMIN) == 0
-	r.nested = !r.plain && inUserNS()
+	r.nested = !r.plain && kernel.InUserNamespace()
 	if !r.plain {
 		if err := unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0); err != nil {
 			return nil, fmt.Errorf("prctl PR_SET_DUMPABLE: %w", err)
@@ -110,12 +109,6 @@ func openProcFS(unprivileged bool) (*os.File, error) {
 		return nil, errors.Join(errors.New("/proc: not a procfs"), err)
 	}
 	return f, nil
-}
-
-// inUserNS tells whether our ids are mapped: the first user namespace has all.
-func inUserNS() bool {
-	b, err := os.ReadFile("/proc/self/uid_map")
-	return err == nil && strings.Join(strings.Fields(string(b)), " ") != "0 0 4294967295"
 }
 
 // emptyNS is the empty mount namespace, made when it is first needed.

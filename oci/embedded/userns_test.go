@@ -13,6 +13,7 @@ import (
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 
+	"github.com/berth-runtime/berth/internal/kernel"
 	"github.com/berth-runtime/berth/oci"
 	"github.com/berth-runtime/berth/oci/embedded/cgroup"
 )
@@ -152,7 +153,7 @@ func TestUserNamespaceExec(t *testing.T) {
 			break
 		}
 	}
-	if _, err := reap(proc.Pid); err != nil {
+	if _, err := kernel.Reap(proc.Pid); err != nil {
 		t.Error(err)
 	}
 	expect(t, got.String(), map[string]string{"winsize:": "30x90"})

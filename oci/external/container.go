@@ -17,6 +17,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/berth-runtime/berth/internal/id"
+	"github.com/berth-runtime/berth/internal/kernel"
 	"github.com/berth-runtime/berth/oci"
 	"github.com/berth-runtime/berth/oci/embedded/cgroup"
 )
@@ -165,15 +166,11 @@ func abandon(p oci.Process) error {
 	if p.Console != nil {
 		p.Console.Close()
 	}
-	for {
-		_, werr := unix.Wait4(p.Pid, nil, 0, nil)
-		if werr == unix.ECHILD {
-			werr = nil // a runtime may have given it another parent
-		}
-		if werr != unix.EINTR {
-			return errors.Join(err, werr, p.PidFD.Close())
-		}
+	_, werr := kernel.Reap(p.Pid)
+	if werr == unix.ECHILD {
+		werr = nil // a runtime may have given it another parent
 	}
+	return errors.Join(err, werr, p.PidFD.Close())
 }
 
 func dup(f *os.File) (*os.File, error) {

@@ -6,10 +6,11 @@ import (
 	"fmt"
 	"os"
 	"runtime"
-	"strings"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/berth-runtime/berth/internal/kernel"
 )
 
 // filterName tells our device filters from those of others, such as systemd's.
@@ -105,9 +106,9 @@ func (p *plan) orUnguarded(err error) error {
 }
 
 // ownsMachine reports whether a process with this user id and uid_map is root in
-// the first user namespace, which alone maps every id to itself.
+// the first user namespace.
 func ownsMachine(uid int, uidMap string) bool {
-	return uid == 0 && strings.Join(strings.Fields(uidMap), " ") == "0 0 4294967295"
+	return uid == 0 && kernel.IsInitialIDMap(uidMap)
 }
 
 func withFilter(dir string, rs []rule, f func(cg, prog int) error) error {
