@@ -28,3 +28,15 @@ func InUserNamespace() bool {
 func IsInitialIDMap(text string) bool {
 	return strings.Join(strings.Fields(text), " ") == "0 0 4294967295"
 }
+
+// Exited reports whether the process of a pidfd has ended. It does not wait. A
+// signal to the calling thread, as the Go scheduler sends them, interrupts poll(2)
+// even with a timeout of 0; that says nothing of the process.
+func Exited(pidfd int) (bool, error) {
+	p := []unix.PollFd{{Fd: int32(pidfd), Events: unix.POLLIN}}
+	for {
+		if n, err := unix.Poll(p, 0); err != unix.EINTR {
+			return n > 0, err
+		}
+	}
+}

@@ -17,6 +17,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/berth-runtime/berth/internal/id"
+	"github.com/berth-runtime/berth/internal/kernel"
 	"github.com/berth-runtime/berth/oci"
 )
 
@@ -307,9 +308,8 @@ func (c *Container) Running() bool {
 	if c.init == nil {
 		return false
 	}
-	p := []unix.PollFd{{Fd: int32(c.init.Fd()), Events: unix.POLLIN}}
-	n, err := unix.Poll(p, 0)
-	return err == nil && n == 0
+	gone, err := kernel.Exited(int(c.init.Fd()))
+	return err == nil && !gone
 }
 
 // Signal sends sig to the container's first process.

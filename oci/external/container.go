@@ -184,8 +184,7 @@ func dup(f *os.File) (*os.File, error) {
 // running is nil while the first process runs.
 func (c *Container) running() error {
 	if c.init != nil && c.mounts != nil {
-		f := []unix.PollFd{{Fd: int32(c.init.Fd()), Events: unix.POLLIN}}
-		if n, err := unix.Poll(f, 0); err == nil && n == 0 {
+		if gone, err := kernel.Exited(int(c.init.Fd())); err == nil && !gone {
 			return nil
 		}
 	}

@@ -9,6 +9,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/berth-runtime/berth/internal/id"
+	"github.com/berth-runtime/berth/internal/kernel"
 	"github.com/berth-runtime/berth/oci"
 	"github.com/berth-runtime/berth/oci/supervisor/wire"
 )
@@ -62,10 +63,8 @@ func (p *process) exited() bool {
 		return true
 	}
 	gone := false
-	err := control(p.pidfd, func(fd int) error {
-		f := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
-		n, err := unix.Poll(f, 0)
-		gone = n > 0
+	err := control(p.pidfd, func(fd int) (err error) {
+		gone, err = kernel.Exited(fd)
 		return err
 	})
 	return gone || err != nil
