@@ -104,7 +104,7 @@ func (c *container) start(s *Server, r wire.Start) (_ wire.StartReply, watch fun
 	c.starting = true
 	c.mu.Unlock()
 
-	io, err := c.openStdio(r.LogPath)
+	io, err := c.openStdio(s.lanes, r.LogPath)
 	if err != nil {
 		c.mu.Lock()
 		c.starting = false // nothing was tried yet: a retry with a better path may succeed

@@ -19,6 +19,7 @@ import (
 	"github.com/berth-runtime/berth/internal/id"
 	"github.com/berth-runtime/berth/oci"
 	"github.com/berth-runtime/berth/oci/supervisor/crilog"
+	"github.com/berth-runtime/berth/oci/supervisor/lane"
 	"github.com/berth-runtime/berth/oci/supervisor/wire"
 )
 
@@ -26,6 +27,7 @@ import (
 // same, and both streams together get one drainTime.
 func TestStopOutputsKeepsWhatIsInThePipe(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "log")
+	lanes := lane.NewPool(nil, nil)
 	l, err := crilog.Open(path)
 	if err != nil {
 		t.Fatal(err)
@@ -40,7 +42,7 @@ func TestStopOutputsKeepsWhatIsInThePipe(t *testing.T) {
 			t.Fatal(err)
 		}
 		defer theirs.Close() // stays open: a process outside the cgroup has it
-		o := &output{number: i, file: ours, log: l.Stream(name), done: make(chan struct{})}
+		o := &output{number: i, file: ours, log: l.Stream(lanes, lane.Owner{Container: "c", Stream: i}, nil), done: make(chan struct{})}
 		stalled := false
 		go o.run(func(int, []byte) {
 			if i == 0 && !stalled {

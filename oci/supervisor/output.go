@@ -15,11 +15,12 @@ import (
 
 const (
 	readBuffer    = 64 << 10
-	terminalHolds = 128 << 10 // no less than the kernel buffers of a terminal
+	terminalHolds = 128 << 10             // no less than the kernel buffers of a terminal
+	memoryRetry   = 20 * time.Millisecond // when there is no memory for what is to be read
 )
 
-// buffers are taken only while there is something to read: an idle container
-// costs a parked goroutine, not a buffer.
+// buffers are for output that is not logged. They are taken only while there is
+// something to read: an idle container costs a parked goroutine, not a buffer.
 var buffers = sync.Pool{New: func() any { b := make([]byte, readBuffer); return &b }}
 
 // pollable wraps a descriptor of our own in a File that waits in epoll. The
@@ -106,6 +107,7 @@ type output struct {
 func (o *output) run(deliver func(stream int, p []byte)) error {
 	defer close(o.done)
 	if o.log != nil {
+		o.log.Write() // what a former supervisor has left
 		defer o.log.End()
 	}
 	raw, err := o.file.SyscallConn()
@@ -119,6 +121,8 @@ func (o *output) run(deliver func(stream int, p []byte)) error {
 			return o.drain(raw, deliver)
 		case errors.Is(err, os.ErrClosed):
 			return nil
+		case err == unix.ENOMEM || err == unix.ENOSPC: // all of it is still in the pipe
+			time.Sleep(memoryRetry)
 		case err != nil || n == 0:
 			return err
 		}
@@ -128,37 +132,46 @@ func (o *output) run(deliver func(stream int, p []byte)) error {
 // next reads once and passes on what came: 0 is the end of the stream. access is
 // raw.Read, or raw.Control in order not to wait: then nothing to read is EAGAIN.
 func (o *output) next(access func(func(fd uintptr) bool) error, deliver func(stream int, p []byte)) (n int, err error) {
+	var p []byte
 	var buf *[]byte
 	var rerr error
 	err = access(func(fd uintptr) bool {
-		b := buffers.Get().(*[]byte)
-		for {
-			n, rerr = unix.Read(int(fd), *b)
-			if rerr != unix.EINTR {
-				break
-			}
+		if o.log != nil {
+			p, rerr = o.log.Receive(int(fd))
+		} else {
+			p, buf, rerr = read(int(fd))
 		}
-		if rerr == unix.EAGAIN {
-			buffers.Put(b)
-			return false
-		}
-		buf = b
-		return true
+		return rerr != unix.EAGAIN
 	})
-	if buf != nil {
-		if n > 0 {
-			p := (*buf)[:n]
-			if o.log != nil {
-				o.log.Write(p)
-			}
-			deliver(o.number, p)
+	if len(p) > 0 {
+		if o.log != nil {
+			o.log.Write()
 		}
+		deliver(o.number, p)
+	}
+	if buf != nil {
 		buffers.Put(buf)
 	}
 	if err == nil && rerr != unix.EIO { // EIO: a terminal whose last slave was closed
 		err = rerr
 	}
-	return max(n, 0), err
+	return len(p), err
+}
+
+// read reads what is not logged, into a buffer of the pool.
+func read(fd int) ([]byte, *[]byte, error) {
+	b := buffers.Get().(*[]byte)
+	for {
+		n, err := unix.Read(fd, *b)
+		switch {
+		case err == unix.EINTR:
+			continue
+		case n <= 0:
+			buffers.Put(b)
+			return nil, nil, err
+		}
+		return (*b)[:n], b, nil
+	}
 }
 
 // drain reads what is in the pipe after the deadline: a log disk that stalled

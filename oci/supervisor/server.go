@@ -7,8 +7,8 @@
 // Locks: Server.mu guards the maps of containers, kept descriptors and
 // connections and is held for moments, never over a system call that can
 // block. A container has locks of its own (container.go). Order: container.mu,
-// then Server.mu; children.mu, attachers.mu, profiles.mu and conn.mu are
-// innermost.
+// then Server.mu; children.mu, attachers.mu, profiles.mu, conn.mu, the mutex of
+// a log and that of the lanes' pool are innermost.
 package supervisor
 
 import (
@@ -27,6 +27,7 @@ import (
 
 	"github.com/berth-runtime/berth/internal/id"
 	"github.com/berth-runtime/berth/oci"
+	"github.com/berth-runtime/berth/oci/supervisor/lane"
 	"github.com/berth-runtime/berth/oci/supervisor/wire"
 )
 
@@ -68,6 +69,7 @@ type Server struct {
 	clients  sync.WaitGroup // goroutines of the connections
 	lives    sync.WaitGroup // goroutines of containers, which end with them
 	profiles profiles
+	lanes    *lane.Pool
 	end      chan struct{} // closed when it is time to leave
 	endOnce  sync.Once
 
@@ -90,6 +92,9 @@ func New(cfg Config) (_ *Server, err error) {
 	if s.log == nil {
 		s.log = slog.Default()
 	}
+	s.lanes = lane.NewPool(nil, func(err error) {
+		s.log.Warn("container output passes memory of this process alone and is lost if it is killed", "error", err)
+	})
 	if !filepath.IsAbs(cfg.StateDir) {
 		return nil, fmt.Errorf("state directory %q: want an absolute path: %w", cfg.StateDir, errdefs.ErrInvalidArgument)
 	}

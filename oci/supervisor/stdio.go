@@ -6,8 +6,10 @@ import (
 
 	"github.com/containerd/errdefs"
 
+	"github.com/berth-runtime/berth/internal/id"
 	"github.com/berth-runtime/berth/oci"
 	"github.com/berth-runtime/berth/oci/supervisor/crilog"
+	"github.com/berth-runtime/berth/oci/supervisor/lane"
 	"github.com/berth-runtime/berth/oci/supervisor/wire"
 )
 
@@ -17,10 +19,13 @@ type stdio struct {
 	stdin   *os.File // our end; nil without a stdin
 	outputs []*output
 	log     *crilog.Log // nil: output is discarded
+
+	container id.Container
+	lanes     *lane.Pool // what its output passes on the way to the log
 }
 
-func (c *container) openStdio(logPath string) (_ *stdio, err error) {
-	io := &stdio{}
+func (c *container) openStdio(lanes *lane.Pool, logPath string) (_ *stdio, err error) {
+	io := &stdio{container: c.id, lanes: lanes}
 	defer func() {
 		if err != nil {
 			io.closeChild()
@@ -47,15 +52,17 @@ func (c *container) openStdio(logPath string) (_ *stdio, err error) {
 		} else {
 			io.child.Err = theirs
 		}
-		io.outputs = append(io.outputs, io.output(i, name, ours))
+		io.outputs = append(io.outputs, io.output(i, ours, nil))
 	}
 	return io, nil
 }
 
-func (io *stdio) output(number int, name string, f *os.File) *output {
+// output makes the reader of f. left is the lane that a killed supervisor left
+// with bytes of this stream (crilog.Adopt); nil: none.
+func (io *stdio) output(number int, f *os.File, left *lane.Lane) *output {
 	o := &output{number: number, file: f, done: make(chan struct{})}
 	if io.log != nil {
-		o.log = io.log.Stream(name)
+		o.log = io.log.Stream(io.lanes, lane.Owner{Container: string(io.container), Stream: number}, left)
 	}
 	return o
 }
@@ -80,7 +87,7 @@ func (io *stdio) useConsole(p *process, master *os.File) error {
 		_ = f.Close()
 		return err
 	}
-	io.outputs = []*output{io.output(0, "stdout", f)}
+	io.outputs = []*output{io.output(0, f, nil)}
 	return nil
 }
 

@@ -14,6 +14,8 @@ import (
 
 	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
+
+	"github.com/berth-runtime/berth/oci/supervisor/lane"
 )
 
 type rec struct{ stream, tag, content string }
@@ -58,6 +60,55 @@ func newLog(t testing.TB) (*Log, string) {
 	return l, path
 }
 
+// source is a stream and the pipe that it reads.
+type source struct {
+	*Stream
+	t    testing.TB
+	r, w int
+}
+
+func newSource(t testing.TB, s *Stream) *source {
+	t.Helper()
+	var p [2]int
+	if err := unix.Pipe2(p[:], unix.O_CLOEXEC|unix.O_NONBLOCK); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { unix.Close(p[0]); unix.Close(p[1]) })
+	return &source{s, t, p[0], p[1]}
+}
+
+// source is a stream of l with a pool of its own.
+func (l *Log) source(t testing.TB, stream int) *source {
+	return newSource(t, l.Stream(lane.NewPool(nil, nil), lane.Owner{Container: "c", Stream: stream}, nil))
+}
+
+// put writes p to the pipe, and what the pipe holds to the log, until all is there.
+func (s *source) put(p []byte) {
+	for len(p) > 0 {
+		n, err := unix.Write(s.w, p)
+		if err != nil && err != unix.EAGAIN {
+			s.t.Error(err)
+			return
+		}
+		p = p[max(n, 0):]
+		s.pump()
+	}
+}
+
+// pump writes to the log what the pipe holds, and reports its end.
+func (s *source) pump() (end bool) {
+	for {
+		b, err := s.Receive(s.r)
+		if err != nil && err != unix.EAGAIN {
+			s.t.Error(err)
+		}
+		if len(b) == 0 {
+			return err == nil
+		}
+		s.Write()
+	}
+}
+
 func TestRecords(t *testing.T) {
 	full := strings.Repeat("x", MaxContent)
 	for _, tc := range []struct {
@@ -76,16 +127,16 @@ func TestRecords(t *testing.T) {
 	} {
 		for _, step := range []int{1, 7, 4096, 1 << 20} {
 			l, path := newLog(t)
-			s := l.Stream("stdout")
+			s := l.source(t, 0)
 			for in := []byte(tc.in); len(in) > 0; in = in[min(step, len(in)):] {
-				s.Write(in[:min(step, len(in))])
+				s.put(in[:min(step, len(in))])
 			}
 			s.End()
 			if got := records(t, path); fmt.Sprint(got) != fmt.Sprint(tc.want) {
 				t.Errorf("%s by %d: got %d records, want %d", tc.name, step, len(got), len(tc.want))
 			}
-			if s.held != nil {
-				t.Errorf("%s: an idle stream keeps %d bytes", tc.name, cap(s.held))
+			if s.lane != nil {
+				t.Errorf("%s: an idle stream keeps a lane", tc.name)
 			}
 		}
 	}
@@ -105,10 +156,10 @@ func TestChunking(t *testing.T) {
 			in = append(append(in, bytes.Repeat([]byte{byte('a' + rng.IntN(26))}, n)...), '\n')
 		}
 		l, path := newLog(t)
-		s := l.Stream("stderr")
+		s := l.source(t, 1)
 		for rest := in; len(rest) > 0; {
 			n := min(1+rng.IntN(70_000), len(rest))
-			s.Write(rest[:n])
+			s.put(rest[:n])
 			rest = rest[n:]
 		}
 		s.End()
@@ -132,11 +183,11 @@ func TestReopenWhileWriting(t *testing.T) {
 	l, path := newLog(t)
 	const lines = 20000
 	var wg sync.WaitGroup
-	for _, name := range []string{"stdout", "stderr"} {
+	for i := range streamNames {
+		s := l.source(t, i)
 		wg.Go(func() {
-			s := l.Stream(name)
 			for i := range lines {
-				s.Write(fmt.Appendf(nil, "%d\n", i))
+				s.put(fmt.Appendf(nil, "%d\n", i))
 			}
 			s.End()
 		})
@@ -187,7 +238,7 @@ func TestOpenRefuses(t *testing.T) {
 	if err := l.Reopen(link); err == nil {
 		t.Error("reopened through a symlink")
 	}
-	l.Stream("stdout").Write([]byte("still here\n"))
+	l.source(t, 0).put([]byte("still here\n"))
 	if r := records(t, path); len(r) != 1 {
 		t.Errorf("records %v", r)
 	}
@@ -205,38 +256,9 @@ func TestFullDisk(t *testing.T) {
 	}
 	l := &Log{file: f}
 	defer l.Close()
-	s := l.Stream("stdout")
-	s.Write([]byte("lost\n"))
+	s := l.source(t, 0)
+	s.put([]byte("lost\n"))
 	if want := uint64(headerLen + 5); l.Dropped() != want {
 		t.Errorf("dropped %d, want %d", l.Dropped(), want)
 	}
-}
-
-func BenchmarkLines(b *testing.B) {
-	f, err := os.OpenFile(os.DevNull, os.O_WRONLY, 0)
-	if err != nil {
-		b.Fatal(err)
-	}
-	null := &Log{file: f}
-	defer null.Close()
-	chunk := bytes.Repeat([]byte(strings.Repeat("x", 99)+"\n"), 655)
-	b.Run("null", func(b *testing.B) {
-		s := null.Stream("stdout")
-		b.SetBytes(int64(len(chunk)))
-		for b.Loop() {
-			s.Write(chunk)
-		}
-	})
-	b.Run("file", func(b *testing.B) {
-		l, path := newLog(b)
-		s := l.Stream("stdout")
-		b.SetBytes(int64(len(chunk)))
-		n := 0
-		for b.Loop() {
-			if n++; n%4000 == 0 { // the file must not fill the disk
-				_ = os.Truncate(path, 0)
-			}
-			s.Write(chunk)
-		}
-	})
 }
