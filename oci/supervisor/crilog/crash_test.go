@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"maps"
 	"math/rand/v2"
 	"net"
 	"os"
@@ -86,10 +87,10 @@ func copier() error {
 		if err != nil {
 			return err
 		}
-		if l.ID() != i {
-			return fmt.Errorf("lane %d has the id %d", i, l.ID())
+		id := l.ID()
+		if pool.Add(l); l.ID() != id {
+			return fmt.Errorf("lane %d became %d", id, l.ID())
 		}
-		pool.Add(l)
 		name, stream, full := l.Owner()
 		if !full {
 			pool.Put(l)
@@ -176,24 +177,23 @@ type keeper struct {
 	t       *testing.T
 	path    string
 	sources [2]*os.File
-	lanes   [][]*os.File
+	lanes   map[int][]*os.File
 	env     []string
 	extra   int // rotated files
 }
 
 func newKeeper(t *testing.T, sources [2]*os.File) *keeper {
-	k := &keeper{t: t, path: filepath.Join(t.TempDir(), "0.log"), sources: sources}
-	t.Cleanup(func() {
-		for _, l := range k.lanes {
-			for _, f := range l {
-				f.Close()
-			}
-		}
-		for _, s := range sources {
-			s.Close()
-		}
-	})
+	k := &keeper{t: t, path: filepath.Join(t.TempDir(), "0.log"), sources: sources, lanes: map[int][]*os.File{}}
+	t.Cleanup(k.close)
 	return k
+}
+
+func (k *keeper) close() {
+	for _, files := range append(slices.Collect(maps.Values(k.lanes)), k.sources[:]) {
+		for _, f := range files {
+			_ = f.Close() // again at the end of the test
+		}
+	}
 }
 
 // child is a running copier.
@@ -256,8 +256,9 @@ func (c *child) serve() {
 			return
 		}
 		fds, err := unix.ParseUnixRights(&m[0])
-		if err != nil || int(b[1]) != len(c.k.lanes) {
-			c.k.t.Error("lane", b[1], "after", len(c.k.lanes), err)
+		id := int(b[1])
+		if err != nil || c.k.lanes[id] != nil {
+			c.k.t.Error("a second lane", id, err)
 			return
 		}
 		var files []*os.File
@@ -265,7 +266,7 @@ func (c *child) serve() {
 			unix.CloseOnExec(fd)
 			files = append(files, os.NewFile(uintptr(fd), "lane"))
 		}
-		c.k.lanes = append(c.k.lanes, files)
+		c.k.lanes[id] = files
 		_, _ = c.control.Write([]byte{'k'})
 	}
 }
@@ -389,6 +390,49 @@ func pipes(t *testing.T, rng *rand.Rand, size int) (sources [2]*os.File, want ma
 	return sources, want, wg.Wait
 }
 
+// terminal is pipes for a container with a terminal; its stderr is empty.
+func terminal(t *testing.T, rng *rand.Rand, size int) (sources [2]*os.File, want map[string][]byte, done func()) {
+	t.Helper()
+	master, err := unix.Open("/dev/ptmx", unix.O_RDWR|unix.O_NOCTTY|unix.O_CLOEXEC|unix.O_NONBLOCK, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	sources[0] = os.NewFile(uintptr(master), "ptmx")
+	if err := unix.IoctlSetPointerInt(master, unix.TIOCSPTLCK, 0); err != nil {
+		t.Fatal(err)
+	}
+	n, err := unix.IoctlGetInt(master, unix.TIOCGPTN)
+	if err != nil {
+		t.Fatal(err)
+	}
+	slave, err := unix.Open(fmt.Sprintf("/dev/pts/%d", n), unix.O_RDWR|unix.O_NOCTTY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	attr, err := unix.IoctlGetTermios(slave, unix.TCGETS)
+	if err != nil {
+		t.Fatal(err)
+	}
+	attr.Oflag &^= unix.OPOST // no \r before \n
+	if err := unix.IoctlSetTermios(slave, unix.TCSETS, attr); err != nil {
+		t.Fatal(err)
+	}
+	var p [2]int
+	if err := unix.Pipe2(p[:], unix.O_CLOEXEC|unix.O_NONBLOCK); err != nil {
+		t.Fatal(err)
+	}
+	unix.Close(p[1])
+	sources[1] = os.NewFile(uintptr(p[0]), "stderr")
+	in := lines(rng, size)
+	seed := rng.Uint64()
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		defer unix.Close(slave)
+		write(in, rand.New(rand.NewPCG(seed, 1)), func(b []byte) (int, error) { return unix.Write(slave, b) })
+	})
+	return sources, map[string][]byte{"stdout": in}, wg.Wait
+}
+
 func write(in []byte, rng *rand.Rand, to func([]byte) (int, error)) {
 	for len(in) > 0 {
 		most := []int{1, 100, 5000, 64 << 10}[rng.IntN(4)]
@@ -406,38 +450,45 @@ func write(in []byte, rng *rand.Rand, to func([]byte) (int, error)) {
 
 // TestKilledAtEveryStep kills a copier at its first step, its second one and so
 // on, and half-way in each write to the log; the next one gets half as far, the
-// third one finishes.
+// third one finishes. Every third time the log is rotated in between.
 func TestKilledAtEveryStep(t *testing.T) {
-	for k := 1; ; k++ {
-		rng := rand.New(rand.NewPCG(7, 7)) // the same each time
-		sources, want, done := pipes(t, rng, 60<<10)
-		kp := newKeeper(t, sources)
-		killed := kp.start(k).wait()
-		if killed {
-			if k%3 == 1 {
-				kp.rotate()
-			}
-			if kp.start(1 + k/2).wait() {
-				if k%3 == 2 {
-					kp.rotate()
+	for name, sources := range map[string]func(*testing.T, *rand.Rand) ([2]*os.File, map[string][]byte, func()){
+		"pipes": func(t *testing.T, rng *rand.Rand) ([2]*os.File, map[string][]byte, func()) {
+			return pipes(t, rng, 60<<10)
+		},
+		"terminal": func(t *testing.T, rng *rand.Rand) ([2]*os.File, map[string][]byte, func()) {
+			return terminal(t, rng, 15<<10)
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			for k := 1; ; k++ {
+				sources, want, done := sources(t, rand.New(rand.NewPCG(7, 7))) // the same each time
+				kp := newKeeper(t, sources)
+				killed := kp.start(k).wait()
+				if killed {
+					if k%3 == 1 {
+						kp.rotate()
+					}
+					if kp.start(1 + k/2).wait() {
+						if k%3 == 2 {
+							kp.rotate()
+						}
+						if kp.start(0).wait() {
+							t.Fatal("killed by whom?")
+						}
+					}
 				}
-				if kp.start(0).wait() {
-					t.Fatal("killed by whom?")
+				done()
+				got := content(t, kp.files())
+				for name := range want {
+					same(t, fmt.Sprintf("killed at step %d: %s", k, name), got[name], want[name])
+				}
+				if kp.close(); !killed {
+					t.Logf("%d steps", k-1)
+					return
 				}
 			}
-		}
-		done()
-		got := content(t, kp.files())
-		for name := range want {
-			same(t, fmt.Sprintf("killed at step %d: %s", k, name), got[name], want[name])
-		}
-		for _, s := range sources {
-			s.Close()
-		}
-		if !killed {
-			t.Logf("%d steps", k-1)
-			return
-		}
+		})
 	}
 }
 
@@ -447,7 +498,11 @@ func TestKilledAtRandomMoments(t *testing.T) {
 	rng := rand.New(rand.NewPCG(uint64(time.Now().UnixNano()), 3))
 	kills, moved := 0, 0
 	for round := 0; kills < 300; round++ {
-		sources, want, done := pipes(t, rng, 6<<20)
+		of, size := pipes, 6<<20
+		if round%3 == 2 {
+			of, size = terminal, 3<<20
+		}
+		sources, want, done := of(t, rng, size)
 		kp := newKeeper(t, sources)
 		kp.env = []string{"TOGETHER=1"}
 		for {
