@@ -199,7 +199,7 @@ func Open(files []*os.File) (*Lane, error) {
 	l, err := open(files)
 	if err != nil {
 		if l != nil {
-			_ = unix.Munmap(unsafe.Slice((*byte)(unsafe.Pointer(l.h)), size))
+			l.Close()
 		}
 		for _, f := range files {
 			if f != nil {
@@ -265,6 +265,19 @@ func open(files []*os.File) (*Lane, error) {
 		l.piped = false
 	}
 	return l, nil
+}
+
+// Close ends the use of the lane in this process; what it holds stays with whoever
+// else has its descriptors. A lane of a pool is never closed.
+func (l *Lane) Close() {
+	if l.files == nil {
+		return
+	}
+	_ = unix.Munmap(unsafe.Slice((*byte)(unsafe.Pointer(l.h)), size))
+	for _, f := range l.files {
+		_ = f.Close()
+	}
+	l.h, l.raw, l.files = nil, nil, nil
 }
 
 // ID is the lane's number in its pool, the same for as long as the lane lives.

@@ -96,7 +96,11 @@ func terminal(t testing.TB) (master, slave int) {
 func TestReceive(t *testing.T) {
 	p := NewPool(nil, func(err error) { t.Error(err) })
 	t.Run("pipe", func(t *testing.T) {
-		r, w := ends(t)
+		r, end := ends(t)
+		w, err := unix.FcntlInt(uintptr(end), unix.F_DUPFD_CLOEXEC, 3)
+		if err != nil {
+			t.Fatal(err)
+		}
 		l, via := p.Take(Owner{"c", 0}), spliced
 		if _, err := l.Receive(r, &via); err != unix.EAGAIN {
 			t.Errorf("empty: %v", err)
@@ -106,7 +110,9 @@ func TestReceive(t *testing.T) {
 		fill(t, w, []byte(" two"))
 		receive(t, l, r, &via, " two")
 		unix.Close(w)
-		receive(t, l, r, &via, "")
+		if _, err := l.Receive(r, &via); err != unix.EAGAIN {
+			t.Errorf("one of two ends is closed: %v", err)
+		}
 		if string(l.Bytes()) != "one two" || via != spliced {
 			t.Errorf("%q by way %d", l.Bytes(), via)
 		}
@@ -393,12 +399,7 @@ func FuzzDamaged(f *testing.F) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		defer func() {
-			for _, f := range l.files {
-				f.Close()
-			}
-			_ = unix.Munmap(unsafe.Slice((*byte)(unsafe.Pointer(l.h)), size))
-		}()
+		defer l.Close()
 		copy(unsafe.Slice((*byte)(unsafe.Pointer(l.h)), page), head)
 		_, _ = unix.Seek(l.mem, position, unix.SEEK_SET)
 		_, _ = unix.FcntlInt(uintptr(l.pipe[0]), unix.F_SETPIPE_SZ, 128<<10)
@@ -407,7 +408,7 @@ func FuzzDamaged(f *testing.F) {
 		if err != nil {
 			return
 		}
-		defer func() { _ = unix.Munmap(unsafe.Slice((*byte)(unsafe.Pointer(n.h)), size)) }()
+		defer n.Close()
 		_, stream, _ := n.Owner()
 		armed, w := n.Armed()
 		if stream > 1 || len(armed) > len(n.Bytes()) || len(w.Time.Format(time.RFC3339Nano)) == 0 {
