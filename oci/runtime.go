@@ -6,6 +6,7 @@ package oci
 import (
 	"context"
 	"os"
+	"path/filepath"
 
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 
@@ -25,6 +26,18 @@ type Rootfs struct {
 	Work     string   `json:"work,omitempty"`
 	Volatile bool     `json:"volatile,omitempty"`
 	Idmap    bool     `json:"idmap,omitempty"`
+}
+
+// Reuse makes the folders of a volatile overlay fit to be mounted again, and
+// reports whether they were not. Overlayfs marks them at a mount and refuses them
+// then (EINVAL), because after a crash of the kernel they could hold half-written
+// files. After the crash of the process that mounted them they do not.
+func (r Rootfs) Reuse() bool {
+	mark := filepath.Join(r.Work, "work", "incompat", "volatile")
+	if _, err := os.Lstat(mark); !r.Volatile || err != nil {
+		return false
+	}
+	return os.RemoveAll(mark) == nil
 }
 
 // Volume is an image mounted into a container: its layers as Rootfs.Lowers has

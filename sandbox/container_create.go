@@ -95,7 +95,7 @@ func (e *Engine) createContainer(ctx context.Context, p *pod, cfg *ContainerConf
 	e.insertContainer(c)
 	undone, err := e.run(ctx, "create container", []step{
 		{name: "folders", do: b.folders, undo: func(context.Context) error { return e.removeLayer(c.id) }, partial: true},
-		{name: "create", do: b.create, undo: func(ctx context.Context) error { return e.cfg.Runtime.Delete(ctx, c.id) }, partial: true},
+		{name: "create", do: b.create, undo: func(ctx context.Context) error { return e.deleteContainer(ctx, c.id, c.rec.Cgroup) }, partial: true},
 		{name: "created", do: b.created},
 	})
 	if err == nil {
@@ -348,6 +348,35 @@ func (b *containerBuild) created(context.Context) error {
 		return fmt.Errorf("pod sandbox %s: was stopped meanwhile: %w", id.Short(b.p.id), errdefs.ErrFailedPrecondition)
 	}
 	return b.e.stepContainer(b.c, lifecycle.Made, nil)
+}
+
+// makeAgain makes a created container, of which nothing has run, in a supervisor
+// that does not know it. The container's slot is taken.
+func (e *Engine) makeAgain(ctx context.Context, c *container) error {
+	rec := c.record()
+	b := &containerBuild{e: e, p: c.pod, c: &container{id: c.id}, pod: c.pod.record(), config: rec.Config}
+	fail := func(err error) error {
+		return fmt.Errorf("container %s: cannot be made again after the loss of the supervisor: %w", rec.Config.Meta.Name, err)
+	}
+	if b.pod.State != lifecycle.Ready {
+		return fail(fmt.Errorf("pod sandbox %s: is not ready: %w", id.Short(c.pod.id), errdefs.ErrFailedPrecondition))
+	}
+	var err error
+	if b.image, err = e.cfg.Images.Acquire(rec.ImageID, string(c.id)); err != nil {
+		return fail(err)
+	}
+	if err := errors.Join(b.check(), b.acquireVolumes(), b.describe()); err != nil {
+		return fail(err)
+	}
+	if b.spec.Hooks != nil { // they were told of the bundle that is there
+		root := *b.spec.Root
+		root.Path = filepath.Join(e.containerDir(c.id), "rootfs")
+		b.spec.Root = &root
+	}
+	if err := b.create(ctx); err != nil {
+		return fail(err)
+	}
+	return nil
 }
 
 // removeLayer removes a container's writable layer.

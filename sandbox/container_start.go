@@ -53,6 +53,9 @@ func (e *Engine) startContainer(ctx context.Context, c *container) error {
 		err = fmt.Errorf("pod sandbox %s: was stopped meanwhile: %w", id.Short(c.pod.id), errdefs.ErrFailedPrecondition)
 	} else {
 		reply, err = e.launch(ctx, rec)
+		if errors.Is(err, wire.ErrBroken) || errdefs.IsNotFound(err) {
+			reply, err = e.launchAgain(ctx, c, err)
+		}
 	}
 	if e.cfg.Observe != nil {
 		e.cfg.Observe("start container", "start", time.Since(began), err)
@@ -91,6 +94,30 @@ func (e *Engine) launch(ctx context.Context, rec containerRecord) (wire.StartRep
 		}
 	}
 	return e.cfg.Runtime.Start(ctx, wire.Start{ID: rec.ID, LogPath: rec.LogPath})
+}
+
+// launchAgain starts a container whose supervisor died before it was started, or
+// before it could tell. The container's slot is taken.
+func (e *Engine) launchAgain(ctx context.Context, c *container, why error) (wire.StartReply, error) {
+	all, err := e.supervised(ctx)
+	if err != nil {
+		return wire.StartReply{}, errors.Join(why, err)
+	}
+	rec := c.record()
+	switch known := all[c.id]; {
+	case known == nil:
+		// Its program may run, started by a supervisor that did not live to tell. It
+		// must not run twice.
+		e.clearCgroup(rec.Cgroup)
+		if err := e.makeAgain(ctx, c); err != nil {
+			return wire.StartReply{}, errors.Join(why, err)
+		}
+	case !errors.Is(why, wire.ErrBroken):
+		return wire.StartReply{}, why
+	case known.State != wire.Created: // only the connection was lost
+		return wire.StartReply{Pid: known.Pid, StartedAt: known.StartedAt}, nil
+	}
+	return e.launch(ctx, rec)
 }
 
 // exit records the end of a container's first process.

@@ -185,7 +185,7 @@ func (e *Engine) removeContainer(ctx context.Context, c *container) error {
 		return err
 	}
 	_, err = e.run(ctx, "remove container", []step{
-		{name: "delete", do: func(ctx context.Context) error { return e.cfg.Runtime.Delete(ctx, c.id) }},
+		{name: "delete", do: func(ctx context.Context) error { return e.deleteContainer(ctx, c.id, c.record().Cgroup) }},
 		{name: "layer", do: func(context.Context) error { return e.removeLayer(c.id) }},
 		{name: "forget", do: func(context.Context) error {
 			e.cfg.Images.Release(string(c.id))

@@ -131,6 +131,7 @@ func Open(ctx context.Context, cfg Config) (*Engine, error) {
 		e.cancel()
 		return nil, errors.Join(err, e.empty.Close())
 	}
+	e.cfg.FDs.KeptBy(e.kept)
 	e.probeUserNamespaces(ctx)
 	e.owned.Go(e.events)
 	e.owned.Go(e.walkUsage)

@@ -368,6 +368,9 @@ func (l *link) DropFDs(ctx context.Context, keys []string) error {
 	})
 }
 
+// KeptBy is not needed: the world keeps what it was given.
+func (l *link) KeptBy(func(put func(keys []string, files []*os.File))) {}
+
 func (l *link) ListFDs(ctx context.Context) (keys []string, err error) {
 	err = l.call(ctx, "listfd", "", func() error {
 		for k := range l.w.fds {

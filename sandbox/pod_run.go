@@ -363,8 +363,8 @@ func (b *podBuild) init(ctx context.Context) error {
 }
 
 func (b *podBuild) removeInit(ctx context.Context) error {
-	if init := b.p.record().Init; init != "" {
-		return b.e.cfg.Runtime.Delete(ctx, init)
+	if rec := b.p.record(); rec.Init != "" {
+		return b.e.deleteContainer(ctx, rec.Init, rec.containerIn(rec.Init))
 	}
 	return nil
 }

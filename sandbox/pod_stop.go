@@ -88,7 +88,7 @@ func (e *Engine) takeDownPod(ctx context.Context, p *pod) error {
 	wg.Wait()
 	rec := p.record()
 	if rec.Init != "" {
-		errs[len(cs)] = e.cfg.Runtime.Delete(ctx, rec.Init)
+		errs[len(cs)] = e.deleteContainer(ctx, rec.Init, rec.containerIn(rec.Init))
 	}
 	if rec.Config.Namespaces.Network != NamespaceNode {
 		errs[len(cs)+1] = e.detach(ctx, p)

@@ -60,4 +60,8 @@ type RuntimeFDs interface {
 	GetFDs(ctx context.Context, keys []string) ([]*os.File, error) // all, or errdefs.ErrNotFound
 	DropFDs(ctx context.Context, keys []string) error
 	ListFDs(ctx context.Context) ([]string, error)
+	// KeptBy says who knows what a supervisor must be given that takes the place of
+	// a dead one, before it serves anything else: kept calls put for the files of
+	// each pod. They may be closed meanwhile.
+	KeptBy(kept func(put func(keys []string, files []*os.File)))
 }

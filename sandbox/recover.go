@@ -178,7 +178,7 @@ func (e *Engine) recoverContainer(ctx context.Context, c *container, known *wire
 	}
 	if rec.State == lifecycle.Creating {
 		ev := lifecycle.Failed
-		err := errors.Join(e.cfg.Runtime.Delete(ctx, c.id), e.removeLayer(c.id))
+		err := errors.Join(e.deleteContainer(ctx, c.id, rec.Cgroup), e.removeLayer(c.id))
 		if err != nil {
 			ev = lifecycle.Remove // tried again, as any removal
 			close(c.exited)
@@ -221,6 +221,8 @@ func (e *Engine) silence(ctx context.Context, c *container, known *wire.Info) {
 func (e *Engine) compare(c *container, known *wire.Info) {
 	rec := c.record()
 	switch {
+	case known == nil && rec.State == lifecycle.Created && rec.BootID == e.bootID && c.pod.record().State == lifecycle.Ready:
+		e.owned.Go(func() { e.remake(c) })
 	case known == nil:
 		why := lostBySupervisor
 		if rec.BootID != e.bootID {
@@ -238,6 +240,34 @@ func (e *Engine) compare(c *container, known *wire.Info) {
 		tell(e.stepContainer(c, lifecycle.Made, nil), "Container", "container", c.id)
 	case known.State == wire.Created && rec.State == lifecycle.Running:
 		e.lose(c, lostBySupervisor)
+	}
+}
+
+// remake makes a created container again in a supervisor that does not know it.
+func (e *Engine) remake(c *container) {
+	release, err := c.slot.take(e.ctx)
+	if err != nil {
+		return // the daemon is stopping
+	}
+	defer release()
+	if c.record().State != lifecycle.Created { // started, which makes it again, or removed
+		return
+	}
+	if all, err := e.supervised(e.ctx); err != nil || all[c.id] != nil { // started and failed, or made meanwhile
+		return
+	}
+	ctx, cancel := context.WithTimeout(e.ctx, opLimit)
+	defer cancel()
+	if err := e.makeAgain(ctx, c); err != nil {
+		klog.ErrorS(err, "Created container is lost", "container", c.id)
+		e.lose(c, lostBySupervisor)
+	}
+}
+
+// kept calls put for what the supervisor keeps of each pod.
+func (e *Engine) kept(put func(keys []string, files []*os.File)) {
+	for _, p := range e.view.Load().pods {
+		put(p.held())
 	}
 }
 

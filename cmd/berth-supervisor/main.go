@@ -12,6 +12,7 @@ import (
 	"runtime/debug"
 	"time"
 
+	"github.com/berth-runtime/berth/internal/id"
 	"github.com/berth-runtime/berth/internal/version"
 	"github.com/berth-runtime/berth/oci"
 	"github.com/berth-runtime/berth/oci/embedded"
@@ -19,7 +20,7 @@ import (
 	"github.com/berth-runtime/berth/oci/supervisor"
 )
 
-// leftoverTime bounds the clearing up before the first answer: the daemon waits for it.
+// leftoverTime bounds the clearing up after a dead supervisor: the daemon waits for it.
 const leftoverTime = 4 * time.Second
 
 func main() {
@@ -52,16 +53,17 @@ func run(state string, log *slog.Logger) error {
 		External: func(handler string, c oci.Command, forking func() func()) (oci.Runtime, error) {
 			return external.New(external.Config{Handler: handler, Command: c, Dir: externals, Forking: forking, Log: log})
 		},
+		Settle: func(keep func(id.Container) bool) {
+			ctx, cancel := context.WithTimeout(context.Background(), leftoverTime)
+			defer cancel()
+			if err := external.RemoveLeftovers(ctx, externals, keep, log); err != nil {
+				log.Error("containers of an earlier supervisor", "error", err)
+			}
+		},
 		Log: log,
 	})
 	if err != nil {
 		return err
-	}
-	// We hold the lock: whose containers these are is gone.
-	ctx, cancel := context.WithTimeout(context.Background(), leftoverTime)
-	defer cancel()
-	if err := external.RemoveLeftovers(ctx, externals, log); err != nil {
-		log.Error("containers of an earlier supervisor", "error", err)
 	}
 	return s.Serve(context.Background())
 }

@@ -3,6 +3,7 @@ package embedded
 import (
 	"context"
 	"encoding/binary"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -86,7 +87,7 @@ type Tail struct {
 type Saved struct {
 	ID      id.Container `json:"id"`
 	Bundle  string       `json:"bundle"`
-	Spec    *specs.Spec  `json:"spec"`
+	Spec    *specs.Spec  `json:"spec,omitempty"`
 	Pid     int          `json:"pid"`
 	Started string       `json:"started"` // of Pid: clock ticks after boot, with Pid its identity
 	// Cgroups are the cgroup's directories (CgroupPaths): the path in the spec may
@@ -220,8 +221,54 @@ func (r *Runtime) startTime(pid int) (string, error) {
 // Reopen finds a container that another process made. Its first process may have
 // ended; then only KillAll, Delete and readings of its cgroup succeed. Delete of
 // a reopened container runs its poststop hooks as that of any other does.
-func (r *Runtime) Reopen(s Saved) (_ *Container, err error) {
-	p, err := r.plan(oci.CreateRequest{ID: s.ID, Spec: s.Spec})
+func (r *Runtime) Reopen(s Saved) (*Container, error) {
+	var init *os.File
+	if fd, err := unix.PidfdOpen(s.Pid, 0); err == nil {
+		init = os.NewFile(uintptr(fd), "pidfd")
+		defer init.Close()
+		if now, err := r.startTime(s.Pid); err != nil || now != s.Started {
+			init = nil // the number is another's
+		}
+	}
+	return r.reopen(oci.CreateRequest{ID: s.ID, Bundle: s.Bundle, Spec: s.Spec}, s, init)
+}
+
+// Bequeath implements oci.Heritable.
+func (c *Container) Bequeath() (json.RawMessage, []*os.File, error) {
+	c.mu.RLock()
+	defer c.mu.RUnlock()
+	s := Saved{ID: c.id, Bundle: c.bundle, Pid: c.pid, RDT: c.rdt}
+	if c.cgroup != nil {
+		s.Cgroups = c.cgroup.Paths()
+	}
+	text, err := json.Marshal(s)
+	return text, nil, err
+}
+
+// Adopt implements oci.Adopter.
+func (r *Runtime) Adopt(_ context.Context, h oci.Heritage) (oci.Container, error) {
+	var s Saved
+	if err := json.Unmarshal(h.Saved, &s); err != nil {
+		return nil, fmt.Errorf("adopt container %s: want what this runtime bequeathed: %w: %w", h.Request.ID, err, errdefs.ErrInvalidArgument)
+	}
+	s.Spec, s.Pid = h.Request.Spec, h.Pid
+	init := h.PidFD
+	if init != nil {
+		if gone, err := kernel.Exited(int(init.Fd())); err != nil || gone {
+			init = nil
+		}
+	}
+	c, err := r.reopen(h.Request, s, init)
+	if err != nil {
+		return nil, fmt.Errorf("adopt container %s: %w", h.Request.ID, err)
+	}
+	return c, nil
+}
+
+// reopen makes a Container of one that runs already, with its first process, a
+// pidfd that is borrowed; nil when it has ended.
+func (r *Runtime) reopen(req oci.CreateRequest, s Saved, init *os.File) (_ *Container, err error) {
+	p, err := r.plan(req)
 	if err != nil {
 		// Made by an older version, or on a host that has changed: it must be possible
 		// to end and delete it all the same.
@@ -230,7 +277,7 @@ func (r *Runtime) Reopen(s Saved) (_ *Container, err error) {
 		}
 		p = &plan{spec: s.Spec, refused: err}
 	}
-	c := &Container{rt: r, id: s.ID, bundle: s.Bundle, plan: p, pid: s.Pid, tail: s.Tail, started: true}
+	c := &Container{rt: r, id: s.ID, bundle: s.Bundle, plan: p, podInit: req.PodInit, pid: s.Pid, tail: s.Tail, started: true}
 	c.tracers.Store(true)
 	defer func() {
 		if err != nil {
@@ -245,20 +292,17 @@ func (r *Runtime) Reopen(s Saved) (_ *Container, err error) {
 	if c.rdt = s.RDT; c.rdt == nil && s.Spec.Linux.IntelRdt != nil {
 		c.rdt = leftRDT(s.ID, s.Spec.Linux.IntelRdt) // written down before it was created
 	}
-	return c, c.findInit(s.Started)
+	if init == nil {
+		return c, nil
+	}
+	return c, c.useInit(init)
 }
 
-// findInit opens the first process, if it still is the one that started then.
-func (c *Container) findInit(started string) error {
-	fd, err := unix.PidfdOpen(c.pid, 0)
-	if err != nil {
-		return nil // gone
+// useInit opens what execs need of the first process.
+func (c *Container) useInit(init *os.File) (err error) {
+	if c.init, err = dup(init); err != nil {
+		return err
 	}
-	init := os.NewFile(uintptr(fd), "pidfd")
-	if now, err := c.rt.startTime(c.pid); err != nil || now != started {
-		return init.Close()
-	}
-	c.init = init
 	if c.cgroup != nil {
 		if c.joinDir, err = c.cgroup.JoinDir(); err != nil {
 			return err

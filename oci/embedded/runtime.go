@@ -278,6 +278,9 @@ func (r *Runtime) openRootAside(req oci.CreateRequest, p *plan) *rootAside {
 			return
 		}
 		aside.file, aside.err = openRootfs(req.Rootfs, path, user)
+		if errors.Is(aside.err, unix.EINVAL) && req.Rootfs.Reuse() {
+			aside.file, aside.err = openRootfs(req.Rootfs, path, user)
+		}
 	}()
 	return aside
 }

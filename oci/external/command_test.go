@@ -140,7 +140,7 @@ func TestRemoveLeftovers(t *testing.T) {
 			t.Error(err)
 		}
 	})
-	if err := RemoveLeftovers(context.Background(), external, slog.Default()); err != nil {
+	if err := RemoveLeftovers(context.Background(), external, func(id.Container) bool { return false }, slog.Default()); err != nil {
 		t.Error(err)
 	}
 	left, err := os.ReadDir(r.bundles())

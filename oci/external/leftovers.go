@@ -18,10 +18,10 @@ import (
 const maxSweepers = 4
 
 // RemoveLeftovers takes down the containers that an earlier process with the
-// same dir made and did not delete: it crashed, and their mount namespaces and
-// stdio went with it. What cannot be taken down stays for the next time. ctx
-// bounds the whole.
-func RemoveLeftovers(ctx context.Context, dir string, log *slog.Logger) error {
+// same dir made and did not delete, but those to be kept: it crashed, and their
+// mount namespaces and stdio went with it. What cannot be taken down stays for the
+// next time. ctx bounds the whole.
+func RemoveLeftovers(ctx context.Context, dir string, keep func(id.Container) bool, log *slog.Logger) error {
 	bundles, err := filepath.Glob(filepath.Join(dir, "*", "bundles", "*"))
 	if err != nil {
 		return err
@@ -31,7 +31,7 @@ func RemoveLeftovers(ctx context.Context, dir string, log *slog.Logger) error {
 	var errs []error
 	free := make(chan struct{}, maxSweepers)
 	for _, b := range bundles {
-		if id.Valid(filepath.Base(b)) != nil {
+		if name := filepath.Base(b); id.Valid(name) != nil || keep(id.Container(name)) {
 			continue
 		}
 		free <- struct{}{}

@@ -1,6 +1,7 @@
 package external
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -22,7 +23,11 @@ func (c *Container) mountRoot(req oci.CreateRequest) error {
 		return nil
 	}
 	c.spec.Root.Path = filepath.Join(c.dir, rootfsDir)
-	if err := mountLayers(req.Rootfs, c.spec.Root.Path); err != nil {
+	err := mountLayers(req.Rootfs, c.spec.Root.Path)
+	if errors.Is(err, unix.EINVAL) && req.Rootfs.Reuse() {
+		err = mountLayers(req.Rootfs, c.spec.Root.Path)
+	}
+	if err != nil {
 		return fmt.Errorf("rootfs: %w", err)
 	}
 	return nil

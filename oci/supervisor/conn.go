@@ -29,6 +29,8 @@ type conn struct {
 	s      *Server
 	wire   *wire.Conn
 	events atomic.Bool
+	// version is the client's; 0 before its Hello.
+	version atomic.Int32
 
 	mu     sync.Mutex
 	queue  []message

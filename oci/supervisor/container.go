@@ -2,6 +2,7 @@ package supervisor
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"os"
@@ -10,6 +11,7 @@ import (
 	"time"
 
 	"github.com/containerd/errdefs"
+	specs "github.com/opencontainers/runtime-spec/specs-go"
 
 	"github.com/berth-runtime/berth/internal/id"
 	"github.com/berth-runtime/berth/oci"
@@ -21,6 +23,7 @@ const (
 	drainTime  = time.Second      // for output of processes that outlive the container's cgroup
 	deleteTime = 10 * time.Second // for killed processes to end; one in uninterruptible sleep may take longer
 	treeTime   = 2 * time.Second
+	maxUnheard = 64                // exits of execs that are kept for a daemon that comes back
 	startTime  = 100 * time.Second // the kubelet waits for two minutes; meanwhile nobody can delete the container
 )
 
@@ -31,7 +34,7 @@ const (
 // is held for moments. Neither is ever needed by another container.
 type container struct {
 	id        id.Container
-	hash      [32]byte // of the Create body: tells a retry from a second container
+	request   request
 	stdin     bool
 	stdinOnce bool
 
@@ -45,15 +48,25 @@ type container struct {
 	starting  bool
 	first     *process // set by Start
 	log       *crilog.Log
-	stdinEnd  *os.File // our end of the stdin pipe
+	logPath   string
+	outputs   []*output // of the first process
+	stdinEnd  *os.File  // our end of the stdin pipe
 	startedAt time.Time
 	exit      *wire.Exit
-	cgroups   map[string]string // of the first process when it started
-	execs     map[id.Exec]*exec // nil for one that is being started
-	oomSeen   uint64            // OOM kills that did not end the first process
+	cgroups   map[string]string     // of the first process when it started
+	execs     map[id.Exec]*exec     // nil for one that is being started
+	unheard   map[id.Exec]wire.Exit // of execs whose connection was gone
+	oomSeen   uint64                // OOM kills that did not end the first process
 	deleting  *deletion
 
 	attached attachers
+}
+
+// request is what made a container, kept for the next supervisor.
+type request struct {
+	op      wire.Op
+	body    json.RawMessage
+	seccomp *specs.LinuxSeccomp // the profile that body names by its digest; nil if it names none
 }
 
 // deletion is a running Delete that concurrent calls join.
@@ -95,11 +108,11 @@ func (c *container) running() (*process, error) {
 
 // start runs the program. watch must be called after the reply was queued, so
 // that the exit never overtakes it.
-func (c *container) start(s *Server, r wire.Start) (_ wire.StartReply, watch func(), err error) {
+func (c *container) start(s *Server, r wire.Start) (_ wire.StartReply, held []*os.File, watch func(), err error) {
 	c.mu.Lock()
 	if c.starting || c.deleting != nil {
 		c.mu.Unlock()
-		return wire.StartReply{}, nil, fmt.Errorf("container %s: already started or being deleted: %w", c.id, errdefs.ErrFailedPrecondition)
+		return wire.StartReply{}, nil, nil, fmt.Errorf("container %s: already started or being deleted: %w", c.id, errdefs.ErrFailedPrecondition)
 	}
 	c.starting = true
 	c.mu.Unlock()
@@ -109,17 +122,25 @@ func (c *container) start(s *Server, r wire.Start) (_ wire.StartReply, watch fun
 		c.mu.Lock()
 		c.starting = false // nothing was tried yet: a retry with a better path may succeed
 		c.mu.Unlock()
-		return wire.StartReply{}, nil, err
+		return wire.StartReply{}, nil, nil, err
 	}
-	reply, err := c.launch(s, io)
+	reply, err := c.launch(s, io, r.LogPath)
 	io.closeChild()
 	if err != nil {
 		io.closeOurs()
-		return wire.StartReply{}, nil, err
+		return wire.StartReply{}, nil, nil, err
 	}
 	c.mu.Lock()
 	first := c.first
 	c.mu.Unlock()
+	h, held, _ := c.holding(s)
+	reply.Holding = &h
+	c.read(s, io)
+	return reply, held, func() { s.goNamed("watch", func() { c.watch(s, first, io) }) }, nil
+}
+
+// read starts to read the outputs.
+func (c *container) read(s *Server, io *stdio) {
 	for _, o := range io.outputs {
 		s.goNamed("output", func() {
 			if err := o.run(c.attached.deliver); err != nil {
@@ -127,12 +148,11 @@ func (c *container) start(s *Server, r wire.Start) (_ wire.StartReply, watch fun
 			}
 		})
 	}
-	return reply, func() { s.goNamed("watch", func() { c.watch(s, first, io) }) }, nil
 }
 
 // launch starts the first process. It holds life until the process is known as
 // first: a Delete that waits for life must find it.
-func (c *container) launch(s *Server, io *stdio) (wire.StartReply, error) {
+func (c *container) launch(s *Server, io *stdio, logPath string) (wire.StartReply, error) {
 	c.life.Lock()
 	defer c.life.Unlock()
 	c.mu.Lock()
@@ -153,7 +173,7 @@ func (c *container) launch(s *Server, io *stdio) (wire.StartReply, error) {
 	if err != nil {
 		return wire.StartReply{}, err
 	}
-	first, err := s.adopt(p)
+	first, err := s.own(p)
 	if err != nil {
 		return wire.StartReply{}, err
 	}
@@ -165,7 +185,7 @@ func (c *container) launch(s *Server, io *stdio) (wire.StartReply, error) {
 	cgroups := cgroupsOf(p.Pid)
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.first, c.log, c.stdinEnd = first, io.log, io.stdin
+	c.first, c.log, c.logPath, c.outputs, c.stdinEnd = first, io.log, logPath, io.outputs, io.stdin
 	c.startedAt, c.cgroups = time.Now().UTC(), cgroups
 	return wire.StartReply{Pid: p.Pid, StartedAt: c.startedAt}, nil
 }
@@ -215,7 +235,7 @@ func (c *container) watch(s *Server, first *process, io *stdio) {
 		_ = c.stdinEnd.Close()
 		c.stdinEnd = nil
 	}
-	c.exit = &e
+	c.exit, c.outputs = &e, nil
 	c.mu.Unlock()
 	first.close()
 	close(first.done)
@@ -224,7 +244,7 @@ func (c *container) watch(s *Server, first *process, io *stdio) {
 
 // exec starts a further process. Its id is taken before the process is made, and
 // life is held until the process is known, so that Delete finds it.
-func (c *container) exec(s *Server, owner *conn, r wire.Exec, io oci.Stdio) (_ wire.ExecReply, console *os.File, watch func(), err error) {
+func (c *container) exec(s *Server, owner *conn, r wire.Exec, io oci.Stdio) (_ wire.ExecReply, held []*os.File, watch func(), err error) {
 	if _, err := c.running(); err != nil {
 		return wire.ExecReply{}, nil, nil, err
 	}
@@ -257,14 +277,23 @@ func (c *container) exec(s *Server, owner *conn, r wire.Exec, io oci.Stdio) (_ w
 	if err != nil {
 		return wire.ExecReply{}, nil, nil, err
 	}
-	proc, err := s.adopt(p)
+	proc, err := s.own(p)
 	if err != nil {
 		return wire.ExecReply{}, nil, nil, err
 	}
 	if p.Console != nil {
-		console = p.Console
+		held = append(held, p.Console)
 		if proc.console, err = dupFile(p.Console); err != nil {
 			s.log.Error("terminal of an exec is lost to resizing", "container", string(c.id), "error", err)
+		}
+	}
+	if owner.version.Load() >= wire.VersionTakeover {
+		fd, err := dupFile(proc.pidfd)
+		if err != nil { // the client would take the terminal for it
+			fd = nil
+			s.log.Error("exec cannot be taken over", "container", string(c.id), "error", err)
+		} else {
+			held = append(held, fd)
 		}
 	}
 	x = &exec{process: proc, id: r.Exec, owner: owner}
@@ -278,7 +307,7 @@ func (c *container) exec(s *Server, owner *conn, r wire.Exec, io oci.Stdio) (_ w
 	if owner.gone() { // it was lost before hangUp could see this exec
 		x.hangUp()
 	}
-	return wire.ExecReply{Pid: p.Pid}, console, func() { s.goNamed("watch", func() { c.watchExec(s, x) }) }, nil
+	return wire.ExecReply{Pid: p.Pid}, held, func() { s.goNamed("watch", func() { c.watchExec(s, x) }) }, nil
 }
 
 // hangUp ends the terminals of the execs that owner asked for. The daemon that
@@ -300,10 +329,17 @@ func (c *container) watchExec(s *Server, x *exec) {
 	e.ID, e.Exec = c.id, x.id
 	c.mu.Lock()
 	delete(c.execs, x.id)
+	owner := x.owner
+	if owner.gone() && len(c.unheard) < maxUnheard {
+		if c.unheard == nil {
+			c.unheard = map[id.Exec]wire.Exit{}
+		}
+		c.unheard[x.id] = e
+	}
+	x.close() // under the lock: follow may bring another terminal
 	c.mu.Unlock()
-	x.close()
 	close(x.done)
-	x.owner.notify(e)
+	owner.notify(e)
 }
 
 // signal serves OpSignal.

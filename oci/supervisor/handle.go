@@ -1,8 +1,8 @@
 package supervisor
 
 import (
+	"bytes"
 	"context"
-	"crypto/sha256"
 	"encoding/json"
 	"fmt"
 	"os"
@@ -51,6 +51,7 @@ func (c *conn) handle(f wire.Frame, files []*os.File) (body any, out []*os.File,
 			return nil, nil, nil, err
 		}
 		c.events.Store(h.Events)
+		c.version.Store(int32(h.Version))
 		return wire.HelloReply{Version: min(h.Version, wire.Version), Pid: os.Getpid(), Build: version.String()}, nil, nil, nil
 	case wire.OpList:
 		return wire.ListReply{Containers: s.list()}, nil, nil, nil
@@ -61,10 +62,25 @@ func (c *conn) handle(f wire.Frame, files []*os.File) (body any, out []*os.File,
 		if err != nil {
 			return nil, nil, nil, err
 		}
-		reply, after, err := k.start(s, r)
-		return reply, nil, after, err
+		reply, held, after, err := k.start(s, r)
+		return reply, held, after, err
 	case wire.OpExec:
 		return c.exec(f, files)
+	case wire.OpHoldings:
+		r, err := decode[wire.Holdings](f)
+		if err != nil {
+			return nil, nil, nil, err
+		}
+		reply, held := s.holdings(r)
+		return reply, held, nil, nil
+	case wire.OpLanes:
+		return wire.LanesReply{}, nil, nil, nil
+	case wire.OpFollow:
+		r, k, err := on(s, f, func(r wire.Follow) id.Container { return r.ID })
+		if err != nil {
+			return nil, nil, nil, err
+		}
+		return nil, nil, nil, k.follow(s, c, r, files)
 	case wire.OpDelete:
 		t, err := decode[wire.Target](f)
 		if err != nil {
@@ -108,7 +124,20 @@ func (c *conn) handle(f wire.Frame, files []*os.File) (body any, out []*os.File,
 func (s *Server) simple(f wire.Frame, files []*os.File) error {
 	switch f.Op {
 	case wire.OpProfile:
-		return s.profiles.put(f)
+		r, err := decode[wire.Profile](f)
+		if err != nil {
+			return err
+		}
+		return s.profiles.put(r)
+	case wire.OpAdopt:
+		h, err := decode[wire.Holding](f)
+		if err != nil {
+			return err
+		}
+		return s.adopt(h, files)
+	case wire.OpSettled:
+		s.settle()
+		return nil
 	case wire.OpSignal:
 		r, c, err := on(s, f, func(r wire.Signal) id.Container { return r.ID })
 		if err != nil {
@@ -167,7 +196,7 @@ func fdCount(op wire.Op) (int, bool) {
 	switch op {
 	case wire.OpAttach:
 		return 2, true
-	case wire.OpExec, wire.OpPutFD:
+	case wire.OpExec, wire.OpPutFD, wire.OpAdopt, wire.OpFollow:
 		return 0, false
 	}
 	return 0, true
@@ -198,11 +227,8 @@ func (c *conn) exec(f wire.Frame, files []*os.File) (any, []*os.File, func(), er
 		}
 		io = oci.Stdio{In: files[0], Out: files[1], Err: files[2]}
 	}
-	reply, console, after, err := k.exec(c.s, c, r, io)
-	if console != nil {
-		return reply, []*os.File{console}, after, err
-	}
-	return reply, nil, after, err
+	reply, held, after, err := k.exec(c.s, c, r, io)
+	return reply, held, after, err
 }
 
 // create serves OpCreate and OpCreateProfile. The same body again, after a lost answer, joins or
@@ -226,11 +252,15 @@ func (s *Server) create(f wire.Frame) error {
 	if err != nil {
 		return err
 	}
-	c := &container{id: r.ID, hash: sha256.Sum256(f.Body), stdin: r.Stdin, stdinOnce: r.StdinOnce, made: make(chan struct{})}
+	c := newContainer(r, request{op: f.Op, body: f.Body})
+	if f.Op == wire.OpCreateProfile {
+		c.request.seccomp = r.Spec.Linux.Seccomp
+	}
 	s.mu.Lock()
 	if old := s.containers[r.ID]; old != nil {
 		s.mu.Unlock()
-		if old.hash != c.hash {
+		// The same body is a retry, another one a second container.
+		if old.request.op != f.Op || !bytes.Equal(old.request.body, f.Body) {
 			return fmt.Errorf("container %s: %w", r.ID, errdefs.ErrAlreadyExists)
 		}
 		<-old.made
@@ -253,6 +283,10 @@ func (s *Server) create(f wire.Frame) error {
 	s.complete(&r)
 	c.oci, c.makeErr = s.make(rt, r, digest)
 	return c.makeErr
+}
+
+func newContainer(r wire.Create, q request) *container {
+	return &container{id: r.ID, request: q, stdin: r.Stdin, stdinOnce: r.StdinOnce, made: make(chan struct{})}
 }
 
 // runtime finds the runtime that a container asks for. A handler's command line

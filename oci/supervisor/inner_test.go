@@ -174,7 +174,7 @@ func (f *fakeContainer) in(s *Server) *container {
 
 func run(t *testing.T, s *Server, c *container) {
 	t.Helper()
-	_, watch, err := c.start(s, wire.Start{ID: c.id})
+	_, _, watch, err := c.start(s, wire.Start{ID: c.id})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -235,7 +235,7 @@ func TestDeleteDuringStart(t *testing.T) {
 		go func() { deleted <- k.delete(s, false) }()
 		time.Sleep(100 * time.Millisecond)
 	}
-	_, watch, err := k.start(s, wire.Start{ID: k.id})
+	_, _, watch, err := k.start(s, wire.Start{ID: k.id})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -244,7 +244,7 @@ func TestDeleteDuringStart(t *testing.T) {
 	if err := <-deleted; err != nil || !f.deleted {
 		t.Error(err, f.deleted)
 	}
-	if _, _, err := k.start(s, wire.Start{ID: k.id}); !errors.Is(err, errdefs.ErrFailedPrecondition) {
+	if _, _, _, err := k.start(s, wire.Start{ID: k.id}); !errors.Is(err, errdefs.ErrFailedPrecondition) {
 		t.Errorf("start after delete: %v", err)
 	}
 }

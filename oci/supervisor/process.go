@@ -1,8 +1,10 @@
 package supervisor
 
 import (
+	"errors"
 	"fmt"
 	"os"
+	"sync"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -14,10 +16,12 @@ import (
 	"github.com/berth-runtime/berth/oci/supervisor/wire"
 )
 
-// process is a child of ours: the first one of a container, or an exec.
+// process is the first one of a container, or an exec: a child of ours, or of a
+// supervisor that is gone.
 type process struct {
-	pid   int
-	pidfd *os.File // non-blocking; open until the exit is published
+	pid     int
+	pidfd   *os.File // non-blocking; open until the exit is published
+	foreign bool     // not our child: its supervisor is gone
 	// console is our duplicate of the pty master, for resizing; nil without a terminal.
 	console *os.File
 	done    chan struct{} // closed after the exit was published
@@ -76,10 +80,10 @@ func (p *process) wait(c *children) wire.Exit {
 	// the wait below blocks a thread instead.
 	_ = waitReadable(p.pidfd, unix.POLLIN)
 	e := wire.Exit{Pid: p.pid, Code: 255}
-	ws, err := c.wait(p.pid)
+	ws, err := p.status(c)
 	e.FinishedAt = time.Now().UTC()
 	switch {
-	case err != nil: // ECHILD: somebody else reaped it; the code is lost
+	case err != nil: // somebody else reaped it; the code is lost
 	case ws.Signaled():
 		e.Signal = int(ws.Signal())
 		e.Code = 128 + e.Signal
@@ -89,6 +93,45 @@ func (p *process) wait(c *children) wire.Exit {
 	return e
 }
 
+// reapTime is how long whoever got a foreign process as its child may take to reap it.
+const reapTime = 30 * time.Second
+
+// status returns how the process, which has ended, ended.
+func (p *process) status(c *children) (ws unix.WaitStatus, err error) {
+	if !p.foreign {
+		return c.wait(p.pid)
+	}
+	deadline := time.Now().Add(reapTime)
+	for pause := time.Millisecond; ; pause = min(2*pause, 100*time.Millisecond) {
+		var ok, reaped bool
+		// Asked in this order: what is read of a zombie counts if it was not reaped then.
+		zombie, isZombie := kernel.ZombieStatus(p.pid)
+		cerr := control(p.pidfd, func(fd int) error {
+			ws, ok, err = kernel.ExitStatus(fd)
+			reaped = unix.PidfdSendSignal(fd, 0, nil, 0) == unix.ESRCH
+			return nil
+		})
+		switch {
+		case cerr != nil:
+			return 0, cerr
+		case ok:
+			return ws, nil
+		case isZombie && !reaped && tracing():
+			return zombie, nil
+		case reaped && err != nil, time.Now().After(deadline):
+			return 0, fmt.Errorf("process %d was reaped by another: %w", p.pid, errors.Join(err, errdefs.ErrNotFound))
+		}
+		time.Sleep(pause)
+	}
+}
+
+// tracing tells whether we have CAP_SYS_PTRACE.
+var tracing = sync.OnceValue(func() bool {
+	h := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
+	var d [2]unix.CapUserData
+	return unix.Capget(&h, &d[0]) == nil && d[0].Effective&(1<<unix.CAP_SYS_PTRACE) != 0
+})
+
 func (p *process) close() {
 	_ = p.pidfd.Close()
 	if p.console != nil {
@@ -97,7 +140,7 @@ func (p *process) close() {
 }
 
 func (p *process) resize(w, h uint16) error {
-	if p.console == nil {
+	if p == nil || p.console == nil {
 		return fmt.Errorf("process has no terminal: %w", errdefs.ErrFailedPrecondition)
 	}
 	return control(p.console, func(fd int) error {

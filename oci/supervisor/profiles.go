@@ -34,11 +34,7 @@ type profile struct {
 }
 
 // put serves OpProfile.
-func (p *profiles) put(f wire.Frame) error {
-	r, err := decode[wire.Profile](f)
-	if err != nil {
-		return err
-	}
+func (p *profiles) put(r wire.Profile) error {
 	if len(r.Text) > wire.MaxProfile {
 		return fmt.Errorf("profile: %d bytes, at most %d; send it in the spec: %w", len(r.Text), wire.MaxProfile, errdefs.ErrInvalidArgument)
 	}

@@ -36,7 +36,7 @@ func TestProfilesAreBounded(t *testing.T) {
 	var p profiles
 	put := func(x wire.Profile) {
 		t.Helper()
-		if err := p.put(frame(t, wire.OpProfile, x)); err != nil {
+		if err := p.put(x); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -86,11 +86,11 @@ func TestBadProfiles(t *testing.T) {
 		"not an object":            profileOf("[1]"),
 		"too long":                 profileOf(`"` + strings.Repeat("x", wire.MaxProfile) + `"`),
 	} {
-		if err := p.put(frame(t, wire.OpProfile, x)); !errors.Is(err, errdefs.ErrInvalidArgument) {
+		if err := p.put(x); !errors.Is(err, errdefs.ErrInvalidArgument) {
 			t.Errorf("%s: %v", name, err)
 		}
 	}
-	if err := p.put(frame(t, wire.OpProfile, good)); err != nil {
+	if err := p.put(good); err != nil {
 		t.Fatal(err)
 	}
 	with := func(digest string, l *specs.Linux) *wire.Create {

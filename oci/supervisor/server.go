@@ -52,6 +52,10 @@ type Config struct {
 	// starts and waits for itself, and done when it was reaped: our reaper of
 	// orphans would take it otherwise.
 	External func(handler string, c oci.Command, forking func() (done func())) (oci.Runtime, error)
+	// Settle is called once, when all containers of a dead supervisor that can be
+	// gone on with are here: it takes down what is left of others, but those that
+	// keep names. May be nil.
+	Settle func(keep func(id.Container) bool)
 	// Log takes what operators should know; nil means slog.Default.
 	Log *slog.Logger
 }
@@ -70,6 +74,7 @@ type Server struct {
 	lives    sync.WaitGroup // goroutines of containers, which end with them
 	profiles profiles
 	lanes    *lane.Pool
+	settled  sync.Once
 	end      chan struct{} // closed when it is time to leave
 	endOnce  sync.Once
 
@@ -217,9 +222,9 @@ func (s *Server) guard(name string, f func()) {
 	f()
 }
 
-// adopt makes a process of what a runtime started. When that cannot be done the
+// own makes a process of what a runtime started. When that cannot be done the
 // child is killed and reaped.
-func (s *Server) adopt(p oci.Process) (*process, error) {
+func (s *Server) own(p oci.Process) (*process, error) {
 	proc, err := newProcess(p)
 	if err == nil {
 		return proc, nil

@@ -180,13 +180,13 @@ func (c *container) attach(s *Server, stdout, stderr *os.File) error {
 
 func (c *container) resize(r wire.Resize) error {
 	c.mu.Lock()
+	defer c.mu.Unlock() // follow may bring another terminal
 	var p *process
 	if r.Exec == "" {
 		p = c.first
 	} else if x := c.execs[r.Exec]; x != nil { // nil: not there, or being started
 		p = x.process
 	}
-	c.mu.Unlock()
 	if p == nil {
 		return fmt.Errorf("process %s%s is not running: %w", c.id, r.Exec, errdefs.ErrNotFound)
 	}

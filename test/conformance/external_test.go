@@ -193,8 +193,8 @@ func TestExternalHandlersStreams(t *testing.T) {
 	}
 }
 
-// When the supervisor dies its external containers go: their processes, their
-// mounts, what the runtime knows of them.
+// When the supervisor dies and the daemon with it, nobody holds its external
+// containers, and they go: their processes, their mounts, what the runtime knows of them.
 func TestExternalContainersOfALostSupervisor(t *testing.T) {
 	for _, e := range externals {
 		t.Run(e.name, func(t *testing.T) {
@@ -202,9 +202,11 @@ func TestExternalContainersOfALostSupervisor(t *testing.T) {
 			p := onHandler(t, e.name, nil)
 			c := run(t, p, "sleep", "1000")
 			ranBy(t, e.name, c)
-			if err := syscall.Kill(node.SupervisorPid(), syscall.SIGKILL); err != nil {
-				t.Fatal(err)
-			}
+			restart(t, func() {
+				if err := syscall.Kill(node.SupervisorPid(), syscall.SIGKILL); err != nil {
+					t.Fatal(err)
+				}
+			})
 			if s := waitExit(t, c); s.ExitCode != 255 {
 				t.Errorf("status: %v", s)
 			}

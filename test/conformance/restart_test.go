@@ -2,7 +2,6 @@ package conformance
 
 import (
 	"context"
-	"encoding/json"
 	"fmt"
 	"os"
 	"strings"
@@ -144,59 +143,5 @@ func TestKillInTheMiddle(t *testing.T) {
 		if _, err := os.Stat("/proc/" + fmt.Sprint(node.Pid())); err != nil {
 			t.Fatal(err)
 		}
-	}
-}
-
-// TestTheSupervisorIsKilled: its containers are lost, and that is what everybody
-// sees: they are exited with reason Unknown, their processes do not go on behind
-// the runtime's back, and the node serves on.
-func TestTheSupervisorIsKilled(t *testing.T) {
-	p := runPod(t, func(c *cri.PodSandboxConfig) {
-		c.Linux.SecurityContext.NamespaceOptions.Pid = cri.NamespaceMode_POD
-	})
-	c := create(t, p, func(c *cri.ContainerConfig) {
-		c.Linux.SecurityContext.NamespaceOptions.Pid = cri.NamespaceMode_POD
-	})
-	start(t, c)
-	own := runPod(t, nil)
-	d := run(t, own, "sleep", "1000")
-	var pids []int
-	for _, id := range []string{c, d} {
-		r, err := node.Runtime.ContainerStatus(ctx(t), &cri.ContainerStatusRequest{ContainerId: id, Verbose: true})
-		if err != nil {
-			t.Fatal(err)
-		}
-		var info struct{ Pid int }
-		if err := json.Unmarshal([]byte(r.Info["info"]), &info); err != nil || info.Pid == 0 {
-			t.Fatalf("info %v: %v", r.Info, err)
-		}
-		pids = append(pids, info.Pid)
-	}
-	if err := syscall.Kill(node.SupervisorPid(), syscall.SIGKILL); err != nil {
-		t.Fatal(err)
-	}
-	for i, id := range []string{c, d} {
-		s := waitExit(t, id)
-		if s.ExitCode != 255 || s.Reason != "Unknown" {
-			t.Errorf("code %d reason %q", s.ExitCode, s.Reason)
-		}
-		for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(10 * time.Millisecond) {
-			b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pids[i]))
-			if err != nil || strings.Contains(string(b), ") Z ") { // reaping is for init
-				break
-			}
-			if time.Now().After(deadline) {
-				t.Fatalf("process %d of a lost container goes on", pids[i])
-			}
-		}
-	}
-	fresh := runPod(t, nil)
-	e := run(t, fresh, "sleep", "1000")
-	if out, _, code := execSync(t, e, "/bin/echo", "on"); code != 0 || out != "on\n" {
-		t.Errorf("exec with the new supervisor: %q %d", out, code)
-	}
-	again := run(t, own, "sleep", "1000") // the pod's namespaces were handed over
-	if out, _, code := execSync(t, again, "/bin/hostname"); code != 0 || out != own.config.Hostname+"\n" {
-		t.Errorf("container in an old pod: %q %d", out, code)
 	}
 }

@@ -16,7 +16,7 @@ import (
 
 // plain is a request whose answer carries nothing; descriptors are closed.
 func (c *Client) plain(ctx context.Context, op wire.Op, body any, files ...*os.File) error {
-	got, err := c.call(ctx, op, body, nil, files, nil)
+	got, err := c.call(ctx, op, body, nil, files...)
 	wire.CloseFiles(got)
 	return err
 }
@@ -34,12 +34,26 @@ func rawEnv(p *specs.Process) [][]byte {
 	return out
 }
 
-// Start runs a created container.
+// Start runs a created container. After wire.ErrBroken it may run, without an owner.
 func (c *Client) Start(ctx context.Context, r wire.Start) (wire.StartReply, error) {
 	var reply wire.StartReply
-	got, err := c.call(ctx, wire.OpStart, r, &reply, nil, nil)
-	wire.CloseFiles(got)
+	got, err := c.once(ctx, wire.OpStart, r, &reply)
+	defer wire.CloseFiles(got)
+	if err == nil && reply.Holding != nil && !c.held.started(*reply.Holding, got) {
+		c.holdLate(r.ID)
+	}
+	reply.Holding = nil
 	return reply, err
+}
+
+// holdLate asks for what is to be held of a container. It is tried once: should
+// the supervisor have gone meanwhile, the container has lost its streams with it.
+func (c *Client) holdLate(container id.Container) {
+	ctx, cancel := context.WithTimeout(c.ctx, sendTime)
+	defer cancel()
+	if l, err := c.wait(ctx); err == nil {
+		_ = c.hold(ctx, l, []id.Container{container})
+	}
 }
 
 // Signal sends a signal.
@@ -49,7 +63,11 @@ func (c *Client) Signal(ctx context.Context, r wire.Signal) error {
 
 // Delete kills what still runs and removes the container; one that is missing is success.
 func (c *Client) Delete(ctx context.Context, container id.Container) error {
-	return c.plain(ctx, wire.OpDelete, wire.Target{ID: container})
+	err := c.plain(ctx, wire.OpDelete, wire.Target{ID: container})
+	if err == nil {
+		c.held.forget(container)
+	}
+	return err
 }
 
 // Update changes limits in place.
@@ -75,7 +93,7 @@ func (c *Client) ReopenLog(ctx context.Context, r wire.ReopenLog) error {
 // List returns all containers that were created and not deleted.
 func (c *Client) List(ctx context.Context) ([]wire.Info, error) {
 	var reply wire.ListReply
-	got, err := c.call(ctx, wire.OpList, nil, &reply, nil, nil)
+	got, err := c.call(ctx, wire.OpList, nil, &reply)
 	wire.CloseFiles(got)
 	return reply.Containers, err
 }
@@ -106,20 +124,25 @@ func (c *Client) Attach(ctx context.Context, container id.Container, stdout, std
 
 // Stdin returns a descriptor for the container's stdin, which is the caller's to close.
 func (c *Client) Stdin(ctx context.Context, container id.Container) (*os.File, error) {
-	got, err := c.call(ctx, wire.OpStdin, wire.Target{ID: container}, nil, nil, nil)
+	got, err := c.once(ctx, wire.OpStdin, wire.Target{ID: container}, nil)
 	if err != nil {
 		return nil, err
+	}
+	if c.held.stdinOnce(container) { // it is the caller's alone now
+		c.held.closeStdin(container)
 	}
 	return one(wire.OpStdin, got)
 }
 
 // CloseStdin closes the supervisor's end of the container's stdin.
 func (c *Client) CloseStdin(ctx context.Context, container id.Container) error {
+	// The container sees the end of its input when all copies are closed.
+	c.held.closeStdin(container)
 	return c.plain(ctx, wire.OpCloseStdin, wire.Target{ID: container})
 }
 
-// Exec starts a process. exit delivers its one exit record; the code is
-// ExitUnknown when the connection to the supervisor is lost before.
+// Exec starts a process. exit delivers its one exit record, whatever happens to
+// the supervisor meanwhile; the code is ExitUnknown when nobody can tell.
 func (c *Client) Exec(ctx context.Context, r wire.Exec, stdin, stdout, stderr *os.File) (pid int, console *os.File, exit <-chan wire.Exit, err error) {
 	if r.Env == nil {
 		r.Env = rawEnv(r.Process)
@@ -139,25 +162,33 @@ func (c *Client) Exec(ctx context.Context, r wire.Exec, stdin, stdout, stderr *o
 			files = append(files, f)
 		}
 	}
-	w := &execWait{key: execKey{r.ID, r.Exec}, exit: make(chan wire.Exit, 1)}
-	var reply wire.ExecReply
-	got, err := c.call(ctx, wire.OpExec, r, &reply, files, w)
+	key := execKey{r.ID, r.Exec}
+	ended, err := c.held.exec(key)
 	if err != nil {
 		return 0, nil, nil, err
 	}
-	if terminal {
-		if console, err = one(wire.OpExec, got); err != nil {
-			return 0, nil, nil, err
-		}
-	} else {
-		wire.CloseFiles(got)
+	var reply wire.ExecReply
+	got, err := c.once(ctx, wire.OpExec, r, &reply, files...)
+	if err != nil {
+		c.held.noExec(key)
+		return 0, nil, nil, err
 	}
-	return reply.Pid, console, w.exit, nil
+	if terminal {
+		if len(got) == 0 {
+			c.held.noExec(key)
+			return 0, nil, nil, fmt.Errorf("supervisor: answer to %s has no terminal: %w", wire.OpExec, errdefs.ErrInternal)
+		}
+		console, got = got[0], got[1:]
+	}
+	// The pidfd, from version 4 on.
+	c.held.execStarted(key, reply.Pid, console, got)
+	wire.CloseFiles(got)
+	return reply.Pid, console, ended, nil
 }
 
 // UserNamespace makes a user namespace and returns it, and one of each of r.Kinds.
 func (c *Client) UserNamespace(ctx context.Context, r wire.UserNamespace) ([]*os.File, error) {
-	got, err := c.call(ctx, wire.OpUserNamespace, r, nil, nil, nil)
+	got, err := c.call(ctx, wire.OpUserNamespace, r, nil)
 	if err != nil {
 		return nil, err
 	}
@@ -178,7 +209,7 @@ func (c *Client) PutFDs(ctx context.Context, keys []string, files []*os.File) er
 
 // GetFDs returns duplicates of kept descriptors: all, or errdefs.ErrNotFound.
 func (c *Client) GetFDs(ctx context.Context, keys []string) ([]*os.File, error) {
-	got, err := c.call(ctx, wire.OpGetFD, wire.Keys{Keys: keys}, nil, nil, nil)
+	got, err := c.call(ctx, wire.OpGetFD, wire.Keys{Keys: keys}, nil)
 	if err != nil {
 		return nil, err
 	}
@@ -197,9 +228,18 @@ func (c *Client) DropFDs(ctx context.Context, keys []string) error {
 // ListFDs lists the keys of the kept descriptors, sorted.
 func (c *Client) ListFDs(ctx context.Context) ([]string, error) {
 	var reply wire.ListFDReply
-	got, err := c.call(ctx, wire.OpListFD, nil, &reply, nil, nil)
+	got, err := c.call(ctx, wire.OpListFD, nil, &reply)
 	wire.CloseFiles(got)
 	return reply.Keys, err
+}
+
+// KeptBy says who knows the descriptors that a new supervisor must be given, as
+// those of the last are gone: k calls put for each group that was put together.
+// Without it they are the caller's to put again after Resync.
+func (c *Client) KeptBy(k func(put func(keys []string, files []*os.File))) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.kept = k
 }
 
 func one(op wire.Op, files []*os.File) (*os.File, error) {

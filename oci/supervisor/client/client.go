@@ -1,9 +1,12 @@
 // Package client is the daemon's side of the supervisor's protocol. A Client
 // finds the supervisor of the node or starts it, and does so again whenever the
-// connection breaks.
+// connection breaks. It holds what keeps containers alive and their output and
+// exit codes readable without a supervisor (holdings.go), and hands it to the next
+// one before that serves anything else (takeover.go).
 //
-// Locks: Client.mu guards the fields below it and is held for moments. The
-// connection has a lock of its own around sending.
+// Locks: Client.mu and holdings.mu guard the fields below them and are held for
+// moments, neither within the other. A connection has a lock of its own, and one
+// around sending.
 package client
 
 import (
@@ -29,8 +32,10 @@ const (
 	sendTime = 10 * time.Second
 	// waitTime bounds the waiting for a supervisor while none can be reached or started.
 	waitTime = 30 * time.Second
-	// ExitUnknown is the code of an exec whose record was lost with the connection.
+	// ExitUnknown is the code of an exec that no supervisor could tell the end of.
 	ExitUnknown = 255
+	// tries is how many supervisors a request is sent to that can be repeated.
+	tries = 3
 )
 
 // Config says where the supervisor is.
@@ -52,23 +57,25 @@ type Client struct {
 	done   sync.WaitGroup
 	exits  *exitQueue
 	resync chan struct{}
+	held   holdings
 	// waitTime is the constant but in tests.
 	waitTime time.Duration
 
 	mu    sync.Mutex
-	link  *link         // nil while there is no connection
-	ready chan struct{} // closed while link is set
+	link  *link                                           // nil while there is no connection
+	ready chan struct{}                                   // closed while link is set
+	kept  func(put func(keys []string, files []*os.File)) // nil before KeptBy
 }
 
 // link is one connection and what waits on it.
 type link struct {
 	conn *wire.Conn
 	who  wire.HelloReply
+	done chan struct{} // closed when nothing is read any more
 
 	mu      sync.Mutex
 	last    uint64
 	pending map[uint64]chan answer
-	execs   map[execKey]chan wire.Exit
 	broken  bool
 }
 
@@ -89,16 +96,31 @@ func Open(ctx context.Context, cfg Config) (*Client, error) {
 	}
 	c := &Client{cfg: cfg, exits: newExitQueue(), resync: make(chan struct{}, 1), ready: make(chan struct{}), waitTime: waitTime}
 	c.ctx, c.cancel = context.WithCancel(context.Background())
-	l, err := c.connect(ctx)
+	c.done.Go(c.exits.run)
+	l, err := c.open(ctx)
 	if err != nil {
-		c.cancel()
-		c.done.Wait()
-		return nil, err
+		return nil, errors.Join(err, c.Close())
 	}
 	c.use(l)
 	c.done.Go(func() { c.run(l) })
-	c.done.Go(c.exits.run)
 	return c, nil
+}
+
+// open connects, and hands over what is held.
+func (c *Client) open(ctx context.Context) (*link, error) {
+	l, err := c.connect(ctx)
+	if err != nil {
+		return nil, err
+	}
+	c.done.Go(func() { c.read(l) })
+	stop := context.AfterFunc(ctx, func() { _ = l.conn.Close() })
+	defer stop()
+	if err := c.takeOver(ctx, l); err != nil {
+		_ = l.conn.Close()
+		<-l.done
+		return nil, err
+	}
+	return l, nil
 }
 
 // Close ends the connection; the supervisor and its containers go on.
@@ -112,6 +134,7 @@ func (c *Client) Close() error {
 	}
 	c.exits.close()
 	c.done.Wait()
+	c.held.close()
 	return nil
 }
 
@@ -128,14 +151,13 @@ func (c *Client) use(l *link) {
 	c.mu.Unlock()
 }
 
-// run reads, and connects again, until Close.
+// run connects again and again, until Close.
 func (c *Client) run(l *link) {
 	for {
-		l.read(c.exits)
+		<-l.done
 		c.mu.Lock()
 		c.link, c.ready = nil, make(chan struct{})
 		c.mu.Unlock()
-		l.fail()
 		next, err := c.reconnect()
 		if err != nil {
 			return // closed
@@ -154,7 +176,7 @@ func (c *Client) run(l *link) {
 
 func (c *Client) reconnect() (*link, error) {
 	for pause := 10 * time.Millisecond; c.ctx.Err() == nil; pause = min(2*pause, time.Second) {
-		if l, err := c.connect(c.ctx); err == nil {
+		if l, err := c.open(c.ctx); err == nil {
 			return l, nil
 		}
 		select {
@@ -165,8 +187,11 @@ func (c *Client) reconnect() (*link, error) {
 	return nil, c.ctx.Err()
 }
 
-// read delivers what comes until the connection breaks.
-func (l *link) read(exits *exitQueue) {
+// read delivers what comes until the connection breaks; then what waits for an
+// answer fails.
+func (c *Client) read(l *link) {
+	defer close(l.done)
+	defer l.fail()
 	for {
 		f, files, err := l.conn.Recv()
 		if err != nil {
@@ -174,11 +199,15 @@ func (l *link) read(exits *exitQueue) {
 			return
 		}
 		if f.ID == 0 {
-			wire.CloseFiles(files)
-			if f.Op == wire.OpExit {
-				l.exit(f, exits)
+			switch f.Op {
+			case wire.OpExit:
+				c.exit(f)
+			case wire.OpLane:
+				c.held.addLanes(files)
+			default: // of a later version
 			}
-			continue // a notification of a later version
+			wire.CloseFiles(files)
+			continue
 		}
 		l.mu.Lock()
 		ch := l.pending[f.ID]
@@ -192,26 +221,20 @@ func (l *link) read(exits *exitQueue) {
 	}
 }
 
-func (l *link) exit(f wire.Frame, exits *exitQueue) {
+func (c *Client) exit(f wire.Frame) {
 	var e wire.Exit
 	if err := json.Unmarshal(f.Body, &e); err != nil {
 		return
 	}
-	if e.Exec == "" {
-		exits.push(e)
+	if e.Exec != "" {
+		c.held.execExited(e)
 		return
 	}
-	k := execKey{e.ID, e.Exec}
-	l.mu.Lock()
-	ch := l.execs[k]
-	delete(l.execs, k)
-	l.mu.Unlock()
-	if ch != nil {
-		ch <- e
-	}
+	c.held.exited(e)
+	c.exits.push(e)
 }
 
-// fail ends everything that waits on a broken connection.
+// fail ends everything that waits for an answer over a broken connection.
 func (l *link) fail() {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -219,10 +242,7 @@ func (l *link) fail() {
 	for _, ch := range l.pending {
 		close(ch)
 	}
-	for k, ch := range l.execs {
-		ch <- wire.Exit{ID: k.container, Exec: k.exec, Code: ExitUnknown, FinishedAt: time.Now().UTC()}
-	}
-	l.pending, l.execs = nil, nil
+	l.pending = nil
 }
 
 // wait returns the connection, waiting for it while it is being made again.
@@ -255,52 +275,44 @@ func (c *Client) wait(ctx context.Context) (*link, error) {
 	}
 }
 
-var errBroken = fmt.Errorf("supervisor: connection lost before the answer: %w", errdefs.ErrUnavailable)
+// call sends a request that can be done twice and waits for its answer.
+func (c *Client) call(ctx context.Context, op wire.Op, body, reply any, files ...*os.File) (got []*os.File, err error) {
+	for range tries {
+		if got, err = c.once(ctx, op, body, reply, files...); !errors.Is(err, wire.ErrBroken) {
+			break
+		}
+	}
+	return got, err
+}
 
-// call sends one request and waits for its answer. exec, if it is set, gets the
-// exit of the exec that the request starts.
-func (c *Client) call(ctx context.Context, op wire.Op, body, reply any, files []*os.File, exec *execWait) ([]*os.File, error) {
+// once sends one request and waits for its answer.
+func (c *Client) once(ctx context.Context, op wire.Op, body, reply any, files ...*os.File) ([]*os.File, error) {
 	if err := ctx.Err(); err != nil {
 		return nil, err
-	}
-	text, err := json.Marshal(body)
-	if err != nil {
-		return nil, fmt.Errorf("%s: %w: %w", op, err, errdefs.ErrInvalidArgument)
 	}
 	l, err := c.wait(ctx)
 	if err != nil {
 		return nil, err
 	}
+	return l.call(ctx, op, body, reply, files...)
+}
+
+func (l *link) call(ctx context.Context, op wire.Op, body, reply any, files ...*os.File) ([]*os.File, error) {
+	text, err := json.Marshal(body)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w: %w", op, err, errdefs.ErrInvalidArgument)
+	}
 	ch := make(chan answer, 1)
 	l.mu.Lock()
 	if l.broken {
 		l.mu.Unlock()
-		return nil, errBroken
+		return nil, wire.ErrBroken
 	}
 	l.last++
 	n := l.last
 	l.pending[n] = ch
-	if exec != nil {
-		if _, ok := l.execs[exec.key]; ok {
-			delete(l.pending, n)
-			l.mu.Unlock()
-			return nil, fmt.Errorf("exec %s: %w", exec.key.exec, errdefs.ErrAlreadyExists)
-		}
-		l.execs[exec.key] = exec.exit
-	}
 	l.mu.Unlock()
-	got, err := l.roundTrip(ctx, n, wire.Frame{ID: n, Op: op, Body: text}, files, ch, reply)
-	if err != nil && exec != nil {
-		l.mu.Lock()
-		delete(l.execs, exec.key)
-		l.mu.Unlock()
-	}
-	return got, err
-}
-
-type execWait struct {
-	key  execKey
-	exit chan wire.Exit
+	return l.roundTrip(ctx, n, wire.Frame{ID: n, Op: op, Body: text}, files, ch, reply)
 }
 
 func (l *link) roundTrip(ctx context.Context, n uint64, f wire.Frame, files []*os.File, ch chan answer, reply any) ([]*os.File, error) {
@@ -313,12 +325,12 @@ func (l *link) roundTrip(ctx context.Context, n uint64, f wire.Frame, files []*o
 	if err := l.conn.SendEncoded(b, files...); err != nil {
 		_ = l.conn.Close() // half a frame may be out
 		l.abandon(n, ch)
-		return nil, fmt.Errorf("supervisor: %s: %w: %w", f.Op, err, errdefs.ErrUnavailable)
+		return nil, fmt.Errorf("supervisor: %s: %w: %w", f.Op, err, wire.ErrBroken)
 	}
 	select {
 	case a, ok := <-ch:
 		if !ok {
-			return nil, errBroken
+			return nil, wire.ErrBroken
 		}
 		return a.take(f.Op, reply)
 	case <-ctx.Done():

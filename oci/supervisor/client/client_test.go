@@ -91,7 +91,7 @@ func TestRawEnv(t *testing.T) {
 // A supervisor of the time before external runtimes leaves out the command line
 // and does not know the handler: the error says what to do.
 func TestExternalHandlerOnAnOldSupervisor(t *testing.T) {
-	for _, version := range []int{1, wire.Version} {
+	for _, version := range []int{1, wire.VersionCommand} {
 		dir := t.TempDir()
 		l, err := net.ListenUnix("unix", &net.UnixAddr{Name: filepath.Join(dir, socketName)})
 		if err != nil {
@@ -104,7 +104,7 @@ func TestExternalHandlerOnAnOldSupervisor(t *testing.T) {
 			t.Fatal(err)
 		}
 		var want error = errdefs.ErrFailedPrecondition
-		if version == wire.Version {
+		if version == wire.VersionCommand {
 			want = errdefs.ErrInvalidArgument
 		}
 		err = c.Create(context.Background(), wire.Create{ID: id.NewContainer(), Handler: "runc", Spec: &specs.Spec{}})

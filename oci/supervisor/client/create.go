@@ -38,7 +38,7 @@ func (c *Client) Create(ctx context.Context, r wire.Create) error {
 		}
 	}
 	if r.Spec == nil || r.Spec.Linux == nil || r.Spec.Linux.Seccomp == nil {
-		return c.plain(ctx, wire.OpCreate, r)
+		return c.create(ctx, wire.OpCreate, r, nil)
 	}
 	short, profile, err := split(r)
 	if err != nil {
@@ -53,14 +53,24 @@ func (c *Client) Create(ctx context.Context, r wire.Create) error {
 		if l.who.Version < profileVersion || len(profile.Text) > wire.MaxProfile {
 			break
 		}
-		if err = c.plain(ctx, wire.OpCreateProfile, short); !errors.Is(err, wire.ErrUnknownProfile) {
+		if err = c.create(ctx, wire.OpCreateProfile, short, profile.Text); !errors.Is(err, wire.ErrUnknownProfile) {
 			return err
 		}
 		if err = c.plain(ctx, wire.OpProfile, profile); err != nil {
 			return err
 		}
 	}
-	return c.plain(ctx, wire.OpCreate, r)
+	return c.create(ctx, wire.OpCreate, r, nil)
+}
+
+// create sends a request, and keeps it for as long as the container is there.
+func (c *Client) create(ctx context.Context, op wire.Op, r wire.Create, profile json.RawMessage) error {
+	text, err := json.Marshal(r)
+	if err != nil {
+		return fmt.Errorf("%s: %w: %w", op, err, errdefs.ErrInvalidArgument)
+	}
+	c.held.request(r.ID, op, text, r.Seccomp, profile)
+	return c.plain(ctx, op, json.RawMessage(text))
 }
 
 // split takes the profile out of a request, whose spec stays as it is.

@@ -58,3 +58,8 @@ func (e *Error) Unwrap() error {
 	}
 	return errdefs.ErrInternal
 }
+
+// ErrBroken is the client's error of a request whose supervisor has gone before
+// its answer came: it was done, or half of it, or not. Requests that can be done
+// twice are repeated with the next supervisor; OpStart, OpExec and OpStdin are not.
+var ErrBroken = fmt.Errorf("supervisor: connection lost before the answer: %w", errdefs.ErrUnavailable)

@@ -20,10 +20,14 @@ import (
 )
 
 // Version is the newest protocol version this code speaks.
-const Version = 3
+const Version = 4
 
 // VersionCommand is the first version that knows Create.Command.
 const VersionCommand = 2
+
+// VersionTakeover is the first version whose containers can be handed to another
+// supervisor, and that tells a client of the same version the pidfd of each exec.
+const VersionTakeover = 4
 
 // Op names a request.
 type Op string
@@ -64,6 +68,22 @@ const (
 const (
 	OpUserNamespace Op = "user-namespace" // UserNamespace -> nil + fds: it, and one of each of Kinds
 )
+
+// Requests of version 4: what the daemon holds of the containers, so that the
+// next supervisor can go on with them when this one dies.
+const (
+	OpHoldings Op = "holdings"  // Holdings -> HoldingsReply + fds: what to hold of containers
+	OpAdopt    Op = "adopt"     // Holding + its fds -> nil: go on with a container of a dead supervisor
+	OpLanes    Op = "lanes"     // Lanes -> LanesReply + LaneFDs fds each
+	OpPutLanes Op = "put-lanes" // nil + LaneFDs fds each -> nil: the lanes of a dead supervisor, before its containers
+	OpSettled  Op = "settled"   // nil -> nil: nothing more is adopted; what external runtimes still have of a dead supervisor's containers is removed
+	OpFollow   Op = "follow"    // Follow + fds [pidfd] or [pidfd, pty master] -> nil: the exit of an exec goes to this connection
+	OpUpgrade  Op = "upgrade"   // Upgrade -> the connection ends and the other program serves the next, or an error
+	OpLane     Op = "lane"      // notification: one lane + LaneFDs fds, to be held
+)
+
+// LaneFDs is how many descriptors a lane has (package lane).
+const LaneFDs = 3
 
 // Frame is the header of every message. FDs says how many descriptors of the
 // SCM_RIGHTS stream belong to this frame.
@@ -152,10 +172,88 @@ type Start struct {
 	LogPath string       `json:"logPath,omitempty"`
 }
 
-// StartReply is the answer to Start.
+// StartReply is the answer to Start. Since version 4 it has descriptors, which
+// Holding.Files names: the daemon completes Holding with what it sent to create
+// the container.
 type StartReply struct {
 	Pid       int       `json:"pid"`
 	StartedAt time.Time `json:"startedAt"`
+	Holding   *Holding  `json:"holding,omitempty"`
+}
+
+// Holding is what the next supervisor must know of a container to go on with it.
+// It comes with the descriptors that Files names, in that order.
+type Holding struct {
+	ID id.Container `json:"id"`
+	// Op and Create are the request that made the container: OpCreate or
+	// OpCreateProfile, and its body.
+	Op     Op              `json:"op,omitempty"`
+	Create json.RawMessage `json:"create,omitempty"`
+	// Profile is the text of the profile that Create names by its digest.
+	Profile json.RawMessage `json:"profile,omitempty"`
+
+	Pid       int       `json:"pid"`
+	StartedAt time.Time `json:"startedAt"`
+	LogPath   string    `json:"logPath,omitempty"`
+	// Runtime is what the runtime wants to be told of the container.
+	Runtime json.RawMessage `json:"runtime,omitempty"`
+	// Exit is set when the container has ended; then Files has no stdio.
+	Exit  *Exit  `json:"exit,omitempty"`
+	Files []File `json:"files,omitempty"`
+}
+
+// File names a descriptor of a Holding.
+type File string
+
+// Descriptors of a Holding. Those of the runtime come last, any number of them.
+const (
+	FilePid     File = "pidfd"
+	FileStdin   File = "stdin"   // write end of a pipe
+	FileStdout  File = "stdout"  // read end of a pipe
+	FileStderr  File = "stderr"  // read end of a pipe
+	FileConsole File = "console" // pty master: then there are no pipes
+	FileRuntime File = "runtime"
+)
+
+// Holdings asks for what is to be held of containers; those that are not started,
+// or not there, are left out of the answer.
+type Holdings struct {
+	IDs []id.Container `json:"ids"`
+}
+
+// HoldingsReply is the answer to Holdings. It may stop before the end for want of
+// room; the rest is asked for again. The descriptors are those of the first, then
+// those of the second, and so on.
+type HoldingsReply struct {
+	Holdings []Holding `json:"holdings"`
+	// Done is how many of the ids were gone through.
+	Done int `json:"done"`
+}
+
+// Lanes asks for the lanes from number From on.
+type Lanes struct {
+	From int `json:"from"`
+}
+
+// LanesReply says how many lanes come with it, and how many there are.
+type LanesReply struct {
+	Count int `json:"count"`
+	Total int `json:"total"`
+}
+
+// Follow names an exec that was started over another connection. When it is
+// unknown it is taken over by its pidfd. With Terminal the pty master comes too.
+type Follow struct {
+	ID       id.Container `json:"id"`
+	Exec     id.Exec      `json:"exec"`
+	Pid      int          `json:"pid"`
+	Terminal bool         `json:"terminal,omitempty"`
+}
+
+// Upgrade asks the supervisor to become another program, in place: same process,
+// same children. Binary is an absolute path.
+type Upgrade struct {
+	Binary string `json:"binary"`
 }
 
 // Signal sends a signal to the container's first process, to one exec when Exec

@@ -1,0 +1,242 @@
+package client
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"sync"
+	"time"
+
+	"github.com/berth-runtime/berth/internal/id"
+	"github.com/berth-runtime/berth/oci/supervisor/wire"
+)
+
+const (
+	// takeoverTime bounds the handing over: what hangs then is broken.
+	takeoverTime = 30 * time.Second
+	// adopters is how many containers are handed over at a time.
+	adopters = 8
+	// askAtOnce is how many containers are asked for in one request.
+	askAtOnce = 64
+)
+
+// takeOver makes sure, before anybody else speaks over a new connection, that the
+// supervisor has what we hold and we hold what it has. A supervisor that has lost
+// nothing, and one that is older than this, costs a question.
+func (c *Client) takeOver(ctx context.Context, l *link) error {
+	if l.who.Version < wire.VersionTakeover {
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(ctx, takeoverTime)
+	defer cancel()
+	known := map[id.Container]bool{}
+	var list wire.ListReply
+	if err := l.plain(ctx, wire.OpList, nil, &list); err != nil {
+		return err
+	}
+	for _, i := range list.Containers {
+		known[i.ID] = true
+	}
+	if err := c.syncLanes(ctx, l); err != nil {
+		return err
+	}
+	if err := c.keepAgain(ctx, l); err != nil {
+		return err
+	}
+	var lost []id.Container
+	held := map[id.Container]bool{}
+	for _, n := range c.held.starts() {
+		held[n] = true
+		if !known[n] {
+			lost = append(lost, n)
+		}
+	}
+	if err := c.handOver(ctx, l, lost); err != nil {
+		return err
+	}
+	if err := l.plain(ctx, wire.OpSettled, nil, nil); err != nil {
+		return err
+	}
+	var ask []id.Container
+	for n := range known {
+		if !held[n] {
+			ask = append(ask, n)
+		}
+	}
+	if err := c.hold(ctx, l, ask); err != nil {
+		return err
+	}
+	return c.follow(ctx, l)
+}
+
+// plain is a request without descriptors.
+func (l *link) plain(ctx context.Context, op wire.Op, body, reply any) error {
+	got, err := l.call(ctx, op, body, reply)
+	wire.CloseFiles(got)
+	return err
+}
+
+// broken tells whether nothing more can be asked over this connection.
+func broken(err error) bool {
+	return errors.Is(err, wire.ErrBroken) || errors.Is(err, context.DeadlineExceeded) || errors.Is(err, context.Canceled)
+}
+
+// handOver gives containers to the supervisor. It refuses what it cannot go on
+// with; the daemon finds that out when it compares.
+func (c *Client) handOver(ctx context.Context, l *link, lost []id.Container) error {
+	queue := make(chan id.Container, len(lost))
+	for _, n := range lost {
+		queue <- n
+	}
+	close(queue)
+	errs := make([]error, adopters)
+	var wg sync.WaitGroup
+	for i := range adopters {
+		wg.Go(func() {
+			for n := range queue {
+				h, files, ok := c.held.handOver(n)
+				if !ok {
+					continue
+				}
+				got, err := l.call(ctx, wire.OpAdopt, h, nil, files...)
+				wire.CloseFiles(got)
+				wire.CloseFiles(files)
+				if broken(err) {
+					errs[i] = err
+					return
+				}
+			}
+		})
+	}
+	wg.Wait()
+	return errors.Join(errs...)
+}
+
+// hold asks for what is to be held of containers.
+func (c *Client) hold(ctx context.Context, l *link, ask []id.Container) error {
+	for len(ask) > 0 {
+		n := min(len(ask), askAtOnce)
+		var reply wire.HoldingsReply
+		files, err := l.call(ctx, wire.OpHoldings, wire.Holdings{IDs: ask[:n]}, &reply)
+		if err != nil {
+			return err
+		}
+		rest := files
+		for _, h := range reply.Holdings {
+			if len(h.Files) > len(rest) {
+				break
+			}
+			var digest struct {
+				Seccomp string `json:"seccomp"`
+			}
+			if h.Op == wire.OpCreateProfile {
+				_ = json.Unmarshal(h.Create, &digest) // an empty one is refused when it is handed over
+			}
+			c.held.put(h, digest.Seccomp, rest[:len(h.Files)])
+			rest = rest[len(h.Files):]
+		}
+		wire.CloseFiles(files)
+		if reply.Done < 1 || reply.Done > n {
+			return fmt.Errorf("%s: %d of %d answered: %w", wire.OpHoldings, reply.Done, n, wire.ErrProtocol)
+		}
+		ask = ask[reply.Done:]
+	}
+	return nil
+}
+
+// syncLanes gives the lanes that we hold to a supervisor that has none, or takes
+// those that it has. One that is announced meanwhile may be held twice, which does
+// no harm: the supervisor takes it for one that is idle, or for the same.
+func (c *Client) syncLanes(ctx context.Context, l *link) error {
+	var reply wire.LanesReply
+	files, err := l.call(ctx, wire.OpLanes, wire.Lanes{}, &reply)
+	if err != nil {
+		return err
+	}
+	held := c.held.takeLanes()
+	defer func() {
+		for _, fds := range held {
+			closeFDs(fds[:]...)
+		}
+	}()
+	for got := 0; reply.Total > 0; {
+		c.held.addLanes(files)
+		wire.CloseFiles(files)
+		if got += reply.Count; reply.Count == 0 || got >= reply.Total {
+			return nil
+		}
+		if files, err = l.call(ctx, wire.OpLanes, wire.Lanes{From: got}, &reply); err != nil {
+			return err
+		}
+	}
+	wire.CloseFiles(files)
+	for _, fds := range held {
+		files, ok := duplicates(fds[:])
+		if !ok {
+			continue
+		}
+		got, err := l.call(ctx, wire.OpPutLanes, nil, nil, files...)
+		wire.CloseFiles(got)
+		if err == nil {
+			c.held.addLanes(files)
+		}
+		wire.CloseFiles(files)
+		if broken(err) {
+			return err
+		}
+	}
+	return nil
+}
+
+// keepAgain gives a supervisor the descriptors that it should keep and does not.
+func (c *Client) keepAgain(ctx context.Context, l *link) error {
+	c.mu.Lock()
+	kept := c.kept
+	c.mu.Unlock()
+	if kept == nil {
+		return nil
+	}
+	var list wire.ListFDReply
+	if err := l.plain(ctx, wire.OpListFD, nil, &list); err != nil {
+		return err
+	}
+	have := map[string]bool{}
+	for _, k := range list.Keys {
+		have[k] = true
+	}
+	var fault error
+	kept(func(keys []string, files []*os.File) {
+		if fault != nil || len(keys) == 0 || have[keys[0]] { // a group is put at once
+			return
+		}
+		got, err := l.call(ctx, wire.OpPutFD, wire.Keys{Keys: keys}, nil, files...)
+		wire.CloseFiles(got)
+		if broken(err) { // and not of files that were closed meanwhile
+			fault = err
+		}
+	})
+	return fault
+}
+
+// follow asks for the exits of the execs that run.
+func (c *Client) follow(ctx context.Context, l *link) error {
+	for _, k := range c.held.following() {
+		r, files, ok := c.held.follow(k)
+		if !ok { // started by an older supervisor
+			c.held.execLost(k)
+			continue
+		}
+		got, err := l.call(ctx, wire.OpFollow, r, nil, files...)
+		wire.CloseFiles(got)
+		wire.CloseFiles(files)
+		if broken(err) {
+			return err
+		}
+		if err != nil {
+			c.held.execLost(k)
+		}
+	}
+	return nil
+}
