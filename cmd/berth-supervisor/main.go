@@ -25,6 +25,7 @@ const leftoverTime = 4 * time.Second
 
 func main() {
 	state := flag.String("state", "", "state `directory`, an absolute path (socket, lock, log)")
+	resume := flag.Int("resume", -1, "`descriptor` of what the program before this one left, for an upgrade in place")
 	showVersion := flag.Bool("version", false, "print the version and exit")
 	flag.Parse()
 	if *showVersion {
@@ -34,20 +35,20 @@ func main() {
 	// The heap is a few MiB: collecting it more often is cheaper than holding twice its size.
 	debug.SetGCPercent(50)
 	log := slog.New(slog.NewTextHandler(os.Stderr, nil))
-	if err := run(*state, log); err != nil {
+	if err := run(*state, *resume, log); err != nil {
 		log.Error("supervisor", "error", err)
 		os.Exit(1)
 	}
 }
 
-func run(state string, log *slog.Logger) error {
+func run(state string, resume int, log *slog.Logger) error {
 	rt, err := embedded.New(embedded.Config{Log: log})
 	if err != nil {
 		return err
 	}
 	defer rt.Close()
 	externals := filepath.Join(state, "external")
-	s, err := supervisor.New(supervisor.Config{
+	cfg := supervisor.Config{
 		StateDir: state,
 		Handlers: map[string]oci.Runtime{"": rt, "berth": rt},
 		External: func(handler string, c oci.Command, forking func() func()) (oci.Runtime, error) {
@@ -61,7 +62,13 @@ func run(state string, log *slog.Logger) error {
 			}
 		},
 		Log: log,
-	})
+	}
+	var s *supervisor.Server
+	if resume >= 0 {
+		s, err = supervisor.Resume(cfg, resume)
+	} else {
+		s, err = supervisor.New(cfg)
+	}
 	if err != nil {
 		return err
 	}

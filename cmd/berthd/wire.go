@@ -20,6 +20,7 @@ import (
 	"github.com/berth-runtime/berth/cni/builtin"
 	"github.com/berth-runtime/berth/imageservice"
 	"github.com/berth-runtime/berth/internal/config"
+	"github.com/berth-runtime/berth/internal/version"
 	"github.com/berth-runtime/berth/oci/external"
 	"github.com/berth-runtime/berth/oci/supervisor/client"
 	"github.com/berth-runtime/berth/sandbox"
@@ -62,7 +63,7 @@ func open(ctx context.Context, cfg *config.Config, m *metrics) (_ *parts, err er
 		return nil, err
 	}
 	commands, handlers := openHandlers(ctx, cfg)
-	supervisor, err := client.Open(ctx, client.Config{StateDir: cfg.State, Binary: binary, Commands: commands})
+	supervisor, err := client.Open(ctx, client.Config{StateDir: cfg.State, Binary: binary, Build: version.String(), Commands: commands})
 	if err != nil {
 		return nil, fmt.Errorf("supervisor: %w", err)
 	}

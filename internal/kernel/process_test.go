@@ -1,13 +1,16 @@
 package kernel
 
 import (
+	"errors"
 	"os"
 	"os/exec"
 	"os/signal"
 	"runtime"
+	"syscall"
 	"testing"
 	"time"
 
+	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
 )
 
@@ -54,5 +57,49 @@ func TestExited(t *testing.T) {
 	}
 	if gone, err := Exited(pidfd); !gone || err != nil {
 		t.Errorf("of a dead process: %v, %v", gone, err)
+	}
+}
+
+// TestExitStatus: how a process ended can be read by whoever holds its pidfd,
+// first of the zombie and then, from Linux 6.15 on, of nothing at all.
+func TestExitStatus(t *testing.T) {
+	for script, want := range map[string]func(unix.WaitStatus) bool{
+		"exit 0":      func(ws unix.WaitStatus) bool { return ws.Exited() && ws.ExitStatus() == 0 },
+		"exit 42":     func(ws unix.WaitStatus) bool { return ws.Exited() && ws.ExitStatus() == 42 },
+		"kill -9 $$":  func(ws unix.WaitStatus) bool { return ws.Signaled() && ws.Signal() == unix.SIGKILL },
+		"kill -15 $$": func(ws unix.WaitStatus) bool { return ws.Signaled() && ws.Signal() == unix.SIGTERM },
+	} {
+		fd := -1
+		pid, err := syscall.ForkExec("/bin/sh", []string{"sh", "-c", "sleep 0.05; " + script}, &syscall.ProcAttr{Sys: &syscall.SysProcAttr{PidFD: &fd}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, ok := ZombieStatus(pid); ok {
+			t.Errorf("%s: runs, but counts as a zombie", script)
+		}
+		if ws, ok, err := ExitStatus(fd); ok {
+			t.Errorf("%s: runs, but has status %v (%v)", script, ws, err)
+		}
+		for gone := false; !gone; time.Sleep(time.Millisecond) {
+			if gone, err = Exited(fd); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if ws, ok := ZombieStatus(pid); !ok || !want(ws) {
+			t.Errorf("%s: zombie with status %#x, %v", script, uint32(ws), ok)
+		}
+		if ws, ok, _ := ExitStatus(fd); ok {
+			t.Errorf("%s: not reaped, but has status %v", script, ws)
+		}
+		if _, err := Reap(pid); err != nil {
+			t.Fatal(err)
+		}
+		switch ws, ok, err := ExitStatus(fd); {
+		case errors.Is(err, errdefs.ErrNotImplemented):
+			t.Logf("this kernel does not tell: %v", err)
+		case err != nil || !ok || !want(ws):
+			t.Errorf("%s: status %#x, %v, %v", script, uint32(ws), ok, err)
+		}
+		unix.Close(fd)
 	}
 }

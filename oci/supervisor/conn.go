@@ -41,7 +41,16 @@ type conn struct {
 
 type message struct {
 	bytes []byte
-	files []*os.File // ours, closed after sending
+	files []*os.File    // ours, closed after sending
+	sent  chan struct{} // closed when it is sent, or will not be; nil if nobody waits
+}
+
+// done lets go of a message.
+func (m message) done() {
+	wire.CloseFiles(m.files)
+	if m.sent != nil {
+		close(m.sent)
+	}
 }
 
 // accept serves connections until the listener is closed.
@@ -113,7 +122,7 @@ func (c *conn) close() {
 	c.queue = nil
 	c.mu.Unlock()
 	for _, m := range queue {
-		wire.CloseFiles(m.files)
+		m.done()
 	}
 	_ = c.wire.Close()
 	c.signal()
@@ -169,12 +178,26 @@ func (c *conn) serve(f wire.Frame, files []*os.File) {
 			}
 		}
 	}()
-	body, out, after, err := c.handle(f, files)
+	body, out, after, err := c.pass(f, files)
 	replied = true
 	c.reply(f.ID, body, out, err)
 	if after != nil {
 		after()
 	}
+}
+
+// pass lets a request through the gate.
+func (c *conn) pass(f wire.Frame, files []*os.File) (body any, out []*os.File, after func(), err error) {
+	if f.Op == wire.OpUpgrade {
+		r, err := decode[wire.Upgrade](f)
+		if err == nil {
+			err = c.s.upgrade(r.Binary)
+		}
+		return nil, nil, nil, err
+	}
+	c.s.gate.RLock()
+	defer c.s.gate.RUnlock()
+	return c.handle(f, files)
 }
 
 // reply queues the answer; files are taken over.
@@ -196,7 +219,7 @@ func (c *conn) reply(n uint64, body any, files []*os.File, err error) {
 			return
 		}
 	}
-	c.post(message{b, files})
+	c.post(message{bytes: b, files: files})
 }
 
 // notify queues an exit notification.
@@ -216,7 +239,7 @@ func (c *conn) post(m message) {
 	c.mu.Lock()
 	if c.closed {
 		c.mu.Unlock()
-		wire.CloseFiles(m.files)
+		m.done()
 		return
 	}
 	c.queue = append(c.queue, m)
@@ -239,13 +262,13 @@ func (c *conn) send() {
 		c.mu.Unlock()
 		if closed {
 			for _, m := range queue {
-				wire.CloseFiles(m.files)
+				m.done()
 			}
 			return
 		}
 		for _, m := range queue {
 			err := c.wire.SendEncoded(m.bytes, m.files...)
-			wire.CloseFiles(m.files)
+			m.done()
 			if err != nil {
 				c.close() // the rest fails at once and its files are closed
 			}

@@ -178,7 +178,7 @@ func (c *container) launch(s *Server, io *stdio, logPath string) (wire.StartRepl
 		return wire.StartReply{}, err
 	}
 	if p.Console != nil {
-		if err := io.useConsole(first, p.Console); err != nil {
+		if err := io.useConsole(first, p.Console, nil); err != nil {
 			s.log.Error("terminal of a container is lost", "container", string(c.id), "error", err)
 		}
 	}

@@ -74,7 +74,12 @@ func (c *conn) handle(f wire.Frame, files []*os.File) (body any, out []*os.File,
 		reply, held := s.holdings(r)
 		return reply, held, nil, nil
 	case wire.OpLanes:
-		return wire.LanesReply{}, nil, nil, nil
+		r, err := decode[wire.Lanes](f)
+		if err != nil {
+			return nil, nil, nil, err
+		}
+		reply, held, err := s.listLanes(r)
+		return reply, held, nil, err
 	case wire.OpFollow:
 		r, k, err := on(s, f, func(r wire.Follow) id.Container { return r.ID })
 		if err != nil {
@@ -135,6 +140,8 @@ func (s *Server) simple(f wire.Frame, files []*os.File) error {
 			return err
 		}
 		return s.adopt(h, files)
+	case wire.OpPutLanes:
+		return s.putLanes(files)
 	case wire.OpSettled:
 		s.settle()
 		return nil
@@ -196,7 +203,7 @@ func fdCount(op wire.Op) (int, bool) {
 	switch op {
 	case wire.OpAttach:
 		return 2, true
-	case wire.OpExec, wire.OpPutFD, wire.OpAdopt, wire.OpFollow:
+	case wire.OpExec, wire.OpPutFD, wire.OpAdopt, wire.OpFollow, wire.OpPutLanes:
 		return 0, false
 	}
 	return 0, true

@@ -8,7 +8,7 @@
 // connections and is held for moments, never over a system call that can
 // block. A container has locks of its own (container.go). Order: container.mu,
 // then Server.mu; children.mu, attachers.mu, profiles.mu, conn.mu, the mutex of
-// a log and that of the lanes' pool are innermost.
+// a log and that of the lanes' pool are innermost. Server.gate is outside of all.
 package supervisor
 
 import (
@@ -74,9 +74,12 @@ type Server struct {
 	lives    sync.WaitGroup // goroutines of containers, which end with them
 	profiles profiles
 	lanes    *lane.Pool
+	left     leftLanes
 	settled  sync.Once
-	end      chan struct{} // closed when it is time to leave
-	endOnce  sync.Once
+	// gate is held shared by every request, and alone by an upgrade.
+	gate    sync.RWMutex
+	end     chan struct{} // closed when it is time to leave
+	endOnce sync.Once
 
 	mu         sync.Mutex
 	containers map[id.Container]*container
@@ -89,17 +92,7 @@ type Server struct {
 // New takes the lock of the state directory and listens. It fails with
 // errdefs.ErrAlreadyExists when another supervisor keeps the lock.
 func New(cfg Config) (_ *Server, err error) {
-	s := &Server{
-		cfg: cfg, log: cfg.Log, children: newChildren(), end: make(chan struct{}),
-		containers: map[id.Container]*container{}, kept: map[string]*os.File{}, conns: map[*conn]struct{}{},
-	}
-	s.ctx, s.cancel = context.WithCancel(context.Background())
-	if s.log == nil {
-		s.log = slog.Default()
-	}
-	s.lanes = lane.NewPool(nil, func(err error) {
-		s.log.Warn("container output passes memory of this process alone and is lost if it is killed", "error", err)
-	})
+	s := newServer(cfg)
 	if !filepath.IsAbs(cfg.StateDir) {
 		return nil, fmt.Errorf("state directory %q: want an absolute path: %w", cfg.StateDir, errdefs.ErrInvalidArgument)
 	}
@@ -116,6 +109,21 @@ func New(cfg Config) (_ *Server, err error) {
 		return nil, errors.Join(err, s.lock.Close())
 	}
 	return s, nil
+}
+
+func newServer(cfg Config) *Server {
+	s := &Server{
+		cfg: cfg, log: cfg.Log, children: newChildren(), end: make(chan struct{}),
+		containers: map[id.Container]*container{}, kept: map[string]*os.File{}, conns: map[*conn]struct{}{},
+	}
+	s.ctx, s.cancel = context.WithCancel(context.Background())
+	if s.log == nil {
+		s.log = slog.Default()
+	}
+	s.lanes = lane.NewPool(s.announce, func(err error) {
+		s.log.Warn("container output passes memory of this process alone and is lost if it is killed", "error", err)
+	})
+	return s
 }
 
 // Serve makes the process the subreaper of its descendants and serves until it
@@ -276,13 +284,18 @@ func (s *Server) forget(c *container) {
 	s.touch()
 }
 
-func (s *Server) list() []wire.Info {
+func (s *Server) all() []*container {
 	s.mu.Lock()
+	defer s.mu.Unlock()
 	all := make([]*container, 0, len(s.containers))
 	for _, c := range s.containers {
 		all = append(all, c)
 	}
-	s.mu.Unlock()
+	return all
+}
+
+func (s *Server) list() []wire.Info {
+	all := s.all()
 	out := make([]wire.Info, 0, len(all))
 	for _, c := range all {
 		if i, ok := c.info(); ok {
@@ -298,12 +311,7 @@ func (s *Server) terminate() {
 		s.log.Warn("SIGTERM is ignored while containers run; stop them first")
 		return
 	}
-	s.mu.Lock()
-	all := make([]*container, 0, len(s.containers))
-	for _, c := range s.containers {
-		all = append(all, c)
-	}
-	s.mu.Unlock()
+	all := s.all()
 	left := map[*container]bool{}
 	for _, c := range all {
 		err := c.delete(s, true)

@@ -69,7 +69,7 @@ func (io *stdio) output(number int, f *os.File, left *lane.Lane) *output {
 
 // useConsole replaces the pipes, which the process did not get, by the pty
 // master, and keeps a duplicate in p for resizing and for stdin.
-func (io *stdio) useConsole(p *process, master *os.File) error {
+func (io *stdio) useConsole(p *process, master *os.File, left *lane.Lane) error {
 	defer master.Close()
 	for _, o := range io.outputs {
 		_ = o.file.Close()
@@ -87,7 +87,7 @@ func (io *stdio) useConsole(p *process, master *os.File) error {
 		_ = f.Close()
 		return err
 	}
-	io.outputs = []*output{io.output(0, f, nil)}
+	io.outputs = []*output{io.output(0, f, left)}
 	return nil
 }
 

@@ -5,7 +5,9 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
+	"slices"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -14,6 +16,7 @@ import (
 	"github.com/berth-runtime/berth/internal/id"
 	"github.com/berth-runtime/berth/oci"
 	"github.com/berth-runtime/berth/oci/supervisor/crilog"
+	"github.com/berth-runtime/berth/oci/supervisor/lane"
 	"github.com/berth-runtime/berth/oci/supervisor/wire"
 )
 
@@ -108,8 +111,13 @@ func (s *Server) holdings(r wire.Holdings) (reply wire.HoldingsReply, files []*o
 	return reply, files
 }
 
-// adopt serves OpAdopt. The files are the caller's.
+// adopt serves OpAdopt: the container's processes are nobody's we know. The files
+// are the caller's.
 func (s *Server) adopt(h wire.Holding, files []*os.File) (err error) {
+	return s.inherit(h, files, true)
+}
+
+func (s *Server) inherit(h wire.Holding, files []*os.File, foreign bool) (err error) {
 	if len(h.Files) != len(files) || (h.Op != wire.OpCreate && h.Op != wire.OpCreateProfile) {
 		return fmt.Errorf("adopt: %d descriptors, want %d; made by %q: %w", len(files), len(h.Files), h.Op, errdefs.ErrInvalidArgument)
 	}
@@ -157,11 +165,11 @@ func (s *Server) adopt(h wire.Holding, files []*os.File) (err error) {
 		close(c.made)
 	}()
 	s.complete(&r)
-	c.makeErr = s.inherit(c, adopter, r, digest, h, files)
+	c.makeErr = c.inherit(s, adopter, r, digest, h, files, foreign)
 	return c.makeErr
 }
 
-func (s *Server) inherit(c *container, rt oci.Adopter, r wire.Create, digest [32]byte, h wire.Holding, files []*os.File) (err error) {
+func (c *container) inherit(s *Server, rt oci.Adopter, r wire.Create, digest [32]byte, h wire.Holding, files []*os.File, foreign bool) (err error) {
 	g := oci.Heritage{Request: oci.CreateRequest{
 		ID: r.ID, Bundle: r.Bundle, Spec: r.Spec, Rootfs: r.Rootfs, PodInit: r.PodInit, Volumes: r.Volumes, SeccompDigest: digest,
 		Namespaces: map[specs.LinuxNamespaceType]*os.File{},
@@ -197,7 +205,10 @@ func (s *Server) inherit(c *container, rt oci.Adopter, r wire.Create, digest [32
 	if err != nil {
 		return err
 	}
-	first := &process{pid: h.Pid, pidfd: pidfd, foreign: true, done: make(chan struct{})}
+	first := &process{pid: h.Pid, pidfd: pidfd, foreign: foreign, done: make(chan struct{})}
+	if !foreign {
+		s.children.add(h.Pid)
+	}
 	io, err := c.inheritStdio(s, first, h, named)
 	if err != nil {
 		first.close()
@@ -216,25 +227,32 @@ func (s *Server) inherit(c *container, rt oci.Adopter, r wire.Create, digest [32
 
 // inheritStdio goes on with the streams of a container.
 func (c *container) inheritStdio(s *Server, first *process, h wire.Holding, named map[wire.File]*os.File) (_ *stdio, err error) {
-	io := &stdio{}
+	io := &stdio{container: c.id, lanes: s.lanes}
+	left := map[int]*lane.Lane{}
+	for _, l := range s.left.take(c.id) {
+		if _, stream, _ := l.Owner(); left[stream] == nil {
+			left[stream] = l
+		} else {
+			s.lanes.Put(l) // one stream has one lane
+		}
+	}
 	defer func() {
 		if err != nil {
 			io.closeOurs()
 		}
 	}()
 	if h.LogPath != "" {
-		if io.log, err = crilog.Open(h.LogPath); err != nil {
-			// The container goes on all the same.
+		// The container goes on whatever becomes of its log.
+		io.log = crilog.Adopt(h.LogPath, func(err error) {
 			s.log.Error("container output is lost: its log cannot be opened", "container", string(c.id), "error", err)
-			io.log = nil
-		}
+		}, slices.Collect(maps.Values(left))...)
 	}
 	if f := named[wire.FileConsole]; f != nil {
 		master, err := dupFile(f)
 		if err != nil {
 			return nil, err
 		}
-		return io, io.useConsole(first, master)
+		return io, io.useConsole(first, master, left[0])
 	}
 	if f := named[wire.FileStdin]; f != nil {
 		if io.stdin, err = dupPollable(f); err != nil {
@@ -247,7 +265,7 @@ func (c *container) inheritStdio(s *Server, first *process, h wire.Holding, name
 			if err != nil {
 				return nil, err
 			}
-			io.outputs = append(io.outputs, io.output(i, string(name), ours))
+			io.outputs = append(io.outputs, io.output(i, ours, left[i]))
 		}
 	}
 	return io, nil
@@ -255,6 +273,9 @@ func (c *container) inheritStdio(s *Server, first *process, h wire.Holding, name
 
 // settle serves OpSettled.
 func (s *Server) settle() {
+	for _, l := range s.left.drop() { // of containers that were deleted, or refused
+		s.lanes.Put(l)
+	}
 	if s.cfg.Settle == nil {
 		return
 	}
@@ -267,8 +288,13 @@ func (s *Server) settle() {
 	})
 }
 
-// follow serves OpFollow: the client's former connection, or our predecessor, is gone.
+// follow serves OpFollow: the client's former connection, or our predecessor, is
+// gone. An exec that is not known is nobody's child we know.
 func (c *container) follow(s *Server, owner *conn, r wire.Follow, files []*os.File) error {
+	return c.inheritExec(s, owner, r, files, true)
+}
+
+func (c *container) inheritExec(s *Server, owner *conn, r wire.Follow, files []*os.File, foreign bool) error {
 	want := 1
 	if r.Terminal {
 		want = 2
@@ -303,7 +329,10 @@ func (c *container) follow(s *Server, owner *conn, r wire.Follow, files []*os.Fi
 	if c.deleting != nil {
 		return errors.Join(fmt.Errorf("container %s: being deleted: %w", c.id, errdefs.ErrFailedPrecondition), closeIf(console), pidfd.Close())
 	}
-	x := &exec{process: &process{pid: r.Pid, pidfd: pidfd, foreign: true, console: console, done: make(chan struct{})}, id: r.Exec, owner: owner}
+	x := &exec{process: &process{pid: r.Pid, pidfd: pidfd, foreign: foreign, console: console, done: make(chan struct{})}, id: r.Exec, owner: owner}
+	if !foreign {
+		s.children.add(r.Pid)
+	}
 	if c.execs == nil {
 		c.execs = map[id.Exec]*exec{}
 	}

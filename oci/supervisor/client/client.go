@@ -44,6 +44,9 @@ type Config struct {
 	StateDir string
 	// Binary is started as "Binary --state StateDir" when no supervisor answers.
 	Binary string
+	// Build is the build that Binary is of (version.String). A running supervisor of
+	// another is asked to become Binary, once for each that is met; "" asks none.
+	Build string
 	// Commands are the command lines of the handlers that are external runtimes.
 	Commands map[string]oci.Command
 }
@@ -58,6 +61,7 @@ type Client struct {
 	exits  *exitQueue
 	resync chan struct{}
 	held   holdings
+	asked  string // the build that was last asked to become another; used by open alone
 	// waitTime is the constant but in tests.
 	waitTime time.Duration
 
@@ -107,7 +111,16 @@ func Open(ctx context.Context, cfg Config) (*Client, error) {
 }
 
 // open connects, and hands over what is held.
-func (c *Client) open(ctx context.Context) (*link, error) {
+func (c *Client) open(ctx context.Context) (l *link, err error) {
+	for range tries {
+		if l, err = c.openOnce(ctx); !errors.Is(err, wire.ErrBroken) || ctx.Err() != nil {
+			break
+		}
+	}
+	return l, err
+}
+
+func (c *Client) openOnce(ctx context.Context) (*link, error) {
 	l, err := c.connect(ctx)
 	if err != nil {
 		return nil, err
@@ -203,7 +216,10 @@ func (c *Client) read(l *link) {
 			case wire.OpExit:
 				c.exit(f)
 			case wire.OpLane:
-				c.held.addLanes(files)
+				var r wire.LanesReply
+				if json.Unmarshal(f.Body, &r) == nil {
+					c.held.addLanes(r.IDs, files)
+				}
 			default: // of a later version
 			}
 			wire.CloseFiles(files)

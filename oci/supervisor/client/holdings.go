@@ -3,6 +3,7 @@ package client
 import (
 	"encoding/json"
 	"fmt"
+	"maps"
 	"os"
 	"slices"
 	"sync"
@@ -22,7 +23,7 @@ type holdings struct {
 	mu         sync.Mutex
 	containers map[id.Container]*holding // guarded by mu
 	profiles   map[string]*profile       // guarded by mu; by digest
-	lanes      [][wire.LaneFDs]int       // guarded by mu; in the supervisor's order
+	lanes      map[int][wire.LaneFDs]int // guarded by mu; by number
 	execs      map[execKey]*followed     // guarded by mu
 }
 
@@ -270,26 +271,46 @@ func (h *holdings) starts() (out []id.Container) {
 	return out
 }
 
-// addLanes holds further lanes; files stay the caller's.
-func (h *holdings) addLanes(files []*os.File) {
-	for ; len(files) >= wire.LaneFDs; files = files[wire.LaneFDs:] {
+// addLanes holds further lanes, by their numbers; files stay the caller's.
+func (h *holdings) addLanes(ids []int, files []*os.File) {
+	for _, n := range ids {
+		if len(files) < wire.LaneFDs {
+			return
+		}
 		var l [wire.LaneFDs]int
 		for i := range l {
 			l[i] = detached(files[i])
 		}
+		files = files[wire.LaneFDs:]
 		h.mu.Lock()
-		h.lanes = append(h.lanes, l)
+		old, ok := h.lanes[n]
+		if h.lanes == nil {
+			h.lanes = map[int][wire.LaneFDs]int{}
+		}
+		h.lanes[n] = l
 		h.mu.Unlock()
+		if ok {
+			closeFDs(old[:]...)
+		}
 	}
 }
 
-// takeLanes gives away the lanes.
-func (h *holdings) takeLanes() [][wire.LaneFDs]int {
+// heldLanes lists the lanes that are held.
+func (h *holdings) heldLanes() []int {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	l := h.lanes
-	h.lanes = nil
-	return l
+	return slices.Sorted(maps.Keys(h.lanes))
+}
+
+// lane returns duplicates of a lane's descriptors.
+func (h *holdings) lane(n int) ([]*os.File, bool) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	l, ok := h.lanes[n]
+	if !ok {
+		return nil, false
+	}
+	return duplicates(l[:])
 }
 
 // exec makes room for the exit of an exec that is about to be asked for.

@@ -31,6 +31,12 @@ func (c *Client) takeOver(ctx context.Context, l *link) error {
 	}
 	ctx, cancel := context.WithTimeout(ctx, takeoverTime)
 	defer cancel()
+	if c.cfg.Build != "" && c.cfg.Binary != "" && l.who.Build != c.cfg.Build && l.who.Build != c.asked {
+		c.asked = l.who.Build
+		if err := l.plain(ctx, wire.OpUpgrade, wire.Upgrade{Binary: c.cfg.Binary}, nil); broken(err) {
+			return err // it has become another; if it has not, it goes on as it is
+		}
+	}
 	known := map[id.Container]bool{}
 	var list wire.ListReply
 	if err := l.plain(ctx, wire.OpList, nil, &list); err != nil {
@@ -146,42 +152,31 @@ func (c *Client) hold(ctx context.Context, l *link, ask []id.Container) error {
 	return nil
 }
 
-// syncLanes gives the lanes that we hold to a supervisor that has none, or takes
-// those that it has. One that is announced meanwhile may be held twice, which does
-// no harm: the supervisor takes it for one that is idle, or for the same.
+// syncLanes holds the lanes that the supervisor has, or gives those that we hold
+// to one that has none.
 func (c *Client) syncLanes(ctx context.Context, l *link) error {
-	var reply wire.LanesReply
-	files, err := l.call(ctx, wire.OpLanes, wire.Lanes{}, &reply)
-	if err != nil {
-		return err
-	}
-	held := c.held.takeLanes()
-	defer func() {
-		for _, fds := range held {
-			closeFDs(fds[:]...)
-		}
-	}()
-	for got := 0; reply.Total > 0; {
-		c.held.addLanes(files)
-		wire.CloseFiles(files)
-		if got += reply.Count; reply.Count == 0 || got >= reply.Total {
-			return nil
-		}
-		if files, err = l.call(ctx, wire.OpLanes, wire.Lanes{From: got}, &reply); err != nil {
+	for got := 0; ; {
+		var reply wire.LanesReply
+		files, err := l.call(ctx, wire.OpLanes, wire.Lanes{From: got}, &reply)
+		if err != nil {
 			return err
 		}
+		if reply.Total == 0 {
+			break
+		}
+		c.held.addLanes(reply.IDs, files)
+		wire.CloseFiles(files)
+		if got += len(reply.IDs); len(reply.IDs) == 0 || got >= reply.Total {
+			return nil
+		}
 	}
-	wire.CloseFiles(files)
-	for _, fds := range held {
-		files, ok := duplicates(fds[:])
+	for _, n := range c.held.heldLanes() {
+		files, ok := c.held.lane(n)
 		if !ok {
 			continue
 		}
 		got, err := l.call(ctx, wire.OpPutLanes, nil, nil, files...)
 		wire.CloseFiles(got)
-		if err == nil {
-			c.held.addLanes(files)
-		}
 		wire.CloseFiles(files)
 		if broken(err) {
 			return err

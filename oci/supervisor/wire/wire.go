@@ -235,10 +235,11 @@ type Lanes struct {
 	From int `json:"from"`
 }
 
-// LanesReply says how many lanes come with it, and how many there are.
+// LanesReply names the lanes that come with it, and says how many there are. A
+// lane keeps its number as long as it is held. It is the body of OpLane, too.
 type LanesReply struct {
-	Count int `json:"count"`
-	Total int `json:"total"`
+	IDs   []int `json:"ids"`
+	Total int   `json:"total"`
 }
 
 // Follow names an exec that was started over another connection. When it is
