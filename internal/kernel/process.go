@@ -87,7 +87,7 @@ func ZombieStatus(pid int) (ws unix.WaitStatus, ok bool) {
 	}
 	// "pid (comm) state ...": comm is the process's own choice; exit_code is field 52.
 	f := strings.Fields(string(b[bytes.LastIndexByte(b, ')')+1:]))
-	const state, exitCode = 3 - 3, 52 - 3
+	const state, exitCode = 0, 49 // of those behind comm, the second
 	if len(f) <= exitCode || f[state] != "Z" {
 		return 0, false
 	}
