@@ -59,6 +59,7 @@ func TestSuite(t *testing.T) {
 			}
 			ocitest.Run(t, open)
 			ocitest.RunExtraFiles(t, open)
+			t.Run("adopted", func(t *testing.T) { ocitest.RunAdopted(t, open) })
 		})
 	}
 }
