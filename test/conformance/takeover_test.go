@@ -133,7 +133,11 @@ func TestLogsOutliveTheSupervisor(t *testing.T) {
 			t.Errorf("%v", s)
 		}
 		got := logs(t, c)
+		var gap time.Duration
 		for i, r := range got {
+			if i > 0 {
+				gap = max(gap, r.at.Sub(got[i-1].at))
+			}
 			if r.content != fmt.Sprint(i) || r.tag != "F" {
 				t.Fatalf("line %d of the log is %s %q", i, r.tag, r.content)
 			}
@@ -141,6 +145,7 @@ func TestLogsOutliveTheSupervisor(t *testing.T) {
 		if len(got) != want {
 			t.Errorf("%d of %d lines", len(got), want)
 		}
+		t.Logf("longest time without a line: %v", gap)
 	}
 }
 
