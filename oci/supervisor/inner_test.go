@@ -9,6 +9,8 @@ import (
 	"os"
 	osexec "os/exec"
 	"path/filepath"
+	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -70,6 +72,72 @@ func TestStopOutputsKeepsWhatIsInThePipe(t *testing.T) {
 	}
 	if n := bytes.Count(b, []byte("\n")); n != rest+1 {
 		t.Errorf("%d lines in the log, %d were written before the exit", n, rest+1)
+	}
+}
+
+// The output of a container whose supervisor was killed begins with what that one
+// had read.
+func TestOutputGoesOnFromALane(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "log")
+	ours, theirs, err := pipe("stdout", false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ours.Close()
+	write := func(s string) {
+		t.Helper()
+		if _, err := theirs.WriteString(s); err != nil {
+			t.Fatal(err)
+		}
+	}
+	// The killed one: it has read two lines and a half, and logged one of them.
+	former := lane.NewPool(nil, nil).Take(lane.Owner{Container: "c", Stream: 0})
+	write("one\ntwo\nthr")
+	var via lane.Via
+	if err := control(ours, func(fd int) error {
+		_, err := former.Receive(fd, &via)
+		return err
+	}); err != nil {
+		t.Fatal(err)
+	}
+	former.Skip(len("one\n"))
+
+	var files []*os.File
+	for _, f := range former.Files() {
+		d, err := dupFile(f)
+		if err != nil {
+			t.Fatal(err)
+		}
+		files = append(files, d)
+	}
+	former.Close()
+	left, err := lane.Open(files)
+	if err != nil {
+		t.Fatal(err)
+	}
+	io := &stdio{container: "c", lanes: lane.NewPool(nil, nil), log: crilog.Adopt(path, func(err error) { t.Error(err) }, left)}
+	io.lanes.Add(left)
+	o := io.output(0, ours, left)
+	write("ee\nfour")
+	theirs.Close()
+	if err := o.run(func(int, []byte) {}); err != nil {
+		t.Fatal(err)
+	}
+	io.closeOurs()
+	b, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var got []string
+	for line := range strings.Lines(string(b)) {
+		_, rest, _ := strings.Cut(line, " ")
+		got = append(got, rest)
+	}
+	if want := []string{"stdout F two\n", "stdout F three\n", "stdout P four\n"}; !slices.Equal(got, want) {
+		t.Errorf("%q, want %q", got, want)
+	}
+	if _, _, busy := left.Owner(); busy {
+		t.Error("the lane was not given back")
 	}
 }
 

@@ -443,7 +443,7 @@ func (l *Lane) came(n int) int {
 func (l *Lane) splice(from, to, most int) (int, error) {
 	for {
 		boundary()
-		n, err := unix.Splice(from, nil, to, nil, most, unix.SPLICE_F_NONBLOCK|unix.SPLICE_F_MOVE)
+		n, err := unix.Splice(from, nil, to, nil, most, unix.SPLICE_F_NONBLOCK)
 		boundary()
 		if err != unix.EINTR {
 			return max(int(n), 0), err
