@@ -188,6 +188,9 @@ func TestAdoptKeepsTime(t *testing.T) {
 		var b *lane.Lane
 		if !c.lane.IsZero() {
 			b = abandoned(t, owners[0], "one\ntwo\n", 4, at(t, path, c.lane))
+			if err := os.Rename(path, path+".old"); err != nil { // with the time that it had
+				t.Fatal(err)
+			}
 		}
 		resumed(t, path, b, 0, "new\n")
 		got := text(t, path)

@@ -184,6 +184,48 @@ func TestRoom(t *testing.T) {
 	}
 }
 
+// TestFront: at no moment of a move does the next process see anything but the
+// bytes that are there.
+func TestFront(t *testing.T) {
+	defer func() { Boundary = nil }()
+	r, w := ends(t)
+	via := spliced
+	for base := 0; base <= 40_000; base += 2500 {
+		for n := 0; n <= Rest; n += 4096 {
+			l := NewPool(nil, nil).Take(Owner{"c", 0})
+			in := make([]byte, base+n)
+			for i := range in {
+				in[i] = byte(i % 251)
+			}
+			if len(in) > 0 {
+				fill(t, w, in)
+				receive(t, l, r, &via, string(in))
+			}
+			l.Skip(base)
+			var look func()
+			look = func() {
+				Boundary = nil // Open has some too
+				defer func() { Boundary = look }()
+				if o := next(t, l); !bytes.Equal(o.Bytes(), in[base:]) {
+					t.Errorf("base %d, %d bytes: %d other ones", base, n, len(o.Bytes()))
+				} else {
+					o.Close()
+				}
+			}
+			Boundary = look
+			if err := l.front(); err != nil {
+				t.Fatal(err)
+			}
+			look()
+			Boundary = nil
+			if l.base > 0 && l.base >= n {
+				t.Errorf("base %d, %d bytes: not moved", base, n)
+			}
+			l.Close()
+		}
+	}
+}
+
 func TestNextProcess(t *testing.T) {
 	r, w := ends(t)
 	via := spliced
