@@ -29,7 +29,7 @@ import (
 // same, and both streams together get one drainTime.
 func TestStopOutputsKeepsWhatIsInThePipe(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "log")
-	lanes := lane.NewPool(nil, nil)
+	lanes := lane.NewPool(nil, nil, nil)
 	l, err := crilog.Open(path)
 	if err != nil {
 		t.Fatal(err)
@@ -91,7 +91,7 @@ func TestOutputGoesOnFromALane(t *testing.T) {
 		}
 	}
 	// The killed one: it has read two lines and a half, and logged one of them.
-	former := lane.NewPool(nil, nil).Take(lane.Owner{Container: "c", Stream: 0})
+	former := lane.NewPool(nil, nil, nil).Take(lane.Owner{Container: "c", Stream: 0})
 	write("one\ntwo\nthr")
 	var via lane.Via
 	if err := control(ours, func(fd int) error {
@@ -102,20 +102,16 @@ func TestOutputGoesOnFromALane(t *testing.T) {
 	}
 	former.Skip(len("one\n"))
 
-	var files []*os.File
-	for _, f := range former.Files() {
-		d, err := dupFile(f)
-		if err != nil {
-			t.Fatal(err)
-		}
-		files = append(files, d)
+	files, err := former.Files()
+	if err != nil {
+		t.Fatal(err)
 	}
 	former.Close()
 	left, err := lane.Open(files)
 	if err != nil {
 		t.Fatal(err)
 	}
-	io := &stdio{container: "c", lanes: lane.NewPool(nil, nil), log: crilog.Adopt(path, func(err error) { t.Error(err) }, left)}
+	io := &stdio{container: "c", lanes: lane.NewPool(nil, nil, nil), log: crilog.Adopt(path, func(err error) { t.Error(err) }, left)}
 	io.lanes.Add(left)
 	o := io.output(0, ours, left)
 	write("ee\nfour")

@@ -72,7 +72,7 @@ func (s *Server) announce(l *lane.Lane) {
 		if !c.events.Load() || c.version.Load() < wire.VersionTakeover {
 			continue
 		}
-		files, err := dupFiles(l.Files())
+		files, err := l.Files()
 		if err != nil {
 			s.log.Warn("lane is not held by the daemon", "error", err)
 			return
@@ -106,23 +106,28 @@ func dupFiles(files []*os.File) (out []*os.File, err error) {
 
 // listLanes serves OpLanes.
 func (s *Server) listLanes(r wire.Lanes) (reply wire.LanesReply, files []*os.File, err error) {
-	all := s.lanes.All()
+	all, err := s.lanes.All()
+	if err != nil {
+		return reply, nil, err
+	}
 	reply.Total = len(all)
 	if r.From < 0 || r.From > len(all) {
+		closeLanes(all)
 		return reply, nil, fmt.Errorf("lanes from %d: there are %d: %w", r.From, len(all), errdefs.ErrInvalidArgument)
 	}
-	for _, l := range all[r.From:] {
-		if len(files)+wire.LaneFDs > wire.MaxFDs {
-			break
-		}
-		d, err := dupFiles(l.Files())
-		if err != nil {
-			wire.CloseFiles(files)
-			return reply, nil, err
-		}
-		reply.IDs, files = append(reply.IDs, l.ID()), append(files, d...)
+	closeLanes(all[:r.From])
+	n := min(len(all)-r.From, wire.MaxFDs/wire.LaneFDs)
+	for _, l := range all[r.From:][:n] {
+		reply.IDs, files = append(reply.IDs, l.ID), append(files, l.Files...)
 	}
+	closeLanes(all[r.From+n:])
 	return reply, files, nil
+}
+
+func closeLanes(all []lane.Kept) {
+	for _, l := range all {
+		wire.CloseFiles(l.Files)
+	}
 }
 
 // putLanes serves OpPutLanes; the files are the caller's. A damaged lane costs

@@ -37,7 +37,7 @@ func BenchmarkOutput(b *testing.B) {
 			if err != nil {
 				b.Fatal(err)
 			}
-			pool := lane.NewPool(nil, nil)
+			pool := lane.NewPool(nil, nil, nil)
 			o := &output{file: ours, log: l.Stream(pool, lane.Owner{Container: "c"}, nil), done: make(chan struct{})}
 			got := make(chan struct{}, 1)
 			go o.run(func(int, []byte) {

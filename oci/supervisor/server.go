@@ -120,7 +120,7 @@ func newServer(cfg Config) *Server {
 	if s.log == nil {
 		s.log = slog.Default()
 	}
-	s.lanes = lane.NewPool(s.announce, func(err error) {
+	s.lanes = lane.NewPool(s.announce, nil, func(err error) {
 		s.log.Warn("container output passes memory of this process alone and is lost if it is killed", "error", err)
 	})
 	return s

@@ -117,9 +117,14 @@ func (s *Server) become(binary string) (err error) {
 		return fd
 	}
 	e := estate{Listener: leave(s.listener), Lock: leave(s.lock), Kept: map[string]int{}}
-	for _, l := range s.lanes.All() {
+	lanes, err := s.lanes.All()
+	if err != nil {
+		return fmt.Errorf("upgrade: %w", err)
+	}
+	defer closeLanes(lanes)
+	for _, l := range lanes {
 		var fds []int
-		for _, f := range l.Files() {
+		for _, f := range l.Files {
 			fds = append(fds, leave(f))
 		}
 		e.Lanes = append(e.Lanes, fds)

@@ -20,8 +20,7 @@ var owners = [...]lane.Owner{{Container: "c", Stream: 0}, {Container: "c", Strea
 // for the first n bytes of it, armed w.
 func abandoned(t testing.TB, o lane.Owner, in string, n int, w lane.Write) *lane.Lane {
 	t.Helper()
-	l := lane.NewPool(nil, nil).Take(o)
-	t.Cleanup(l.Close)
+	l := lane.NewPool(func(l *lane.Lane) { t.Cleanup(l.Close) }, nil, nil).Take(o)
 	s := newSource(t, &Stream{})
 	if _, err := unix.Write(s.w, []byte(in)); err != nil {
 		t.Fatal(err)
@@ -66,7 +65,7 @@ func resumed(t testing.TB, path string, b *lane.Lane, stream int, more string) *
 		lanes = append(lanes, b)
 	}
 	l := Adopt(path, func(err error) { t.Error(err) }, lanes...)
-	p := lane.NewPool(func(l *lane.Lane) { t.Cleanup(l.Close) }, nil)
+	p := lane.NewPool(func(l *lane.Lane) { t.Cleanup(l.Close) }, nil, nil)
 	if b != nil {
 		p.Add(b)
 	}
@@ -117,7 +116,7 @@ func TestAdoptFirst(t *testing.T) {
 	b := abandoned(t, owners[0], "one\n", 4, at(t, path, time1))
 	appendTo(t, path, whole[:20])
 	l := Adopt(path, nil, b)
-	newSource(t, l.Stream(lane.NewPool(nil, nil), owners[1], nil)).put([]byte("other\n"))
+	newSource(t, l.Stream(lane.NewPool(nil, nil, nil), owners[1], nil)).put([]byte("other\n"))
 	if got := records(t, path); fmt.Sprint(got) != "[{stdout F one} {stderr F other}]" {
 		t.Errorf("%v", got)
 	}
@@ -208,7 +207,7 @@ func TestAdoptWithoutAFile(t *testing.T) {
 	appendTo(t, filepath.Join(dir, "file"), "")
 	var failure error
 	l := Adopt(filepath.Join(dir, "file", "0.log"), func(err error) { failure = err })
-	s := newSource(t, l.Stream(lane.NewPool(nil, nil), owners[0], nil))
+	s := newSource(t, l.Stream(lane.NewPool(nil, nil, nil), owners[0], nil))
 	s.put([]byte("lost\n"))
 	if failure == nil || l.Dropped() == 0 {
 		t.Errorf("%v, %d bytes dropped", failure, l.Dropped())
@@ -309,20 +308,20 @@ func given(t testing.TB, in []byte) (out [2]*os.File) {
 func FuzzDamagedLane(f *testing.F) {
 	l := abandoned(f, owners[0], "one\ntwo\nthr", 4, lane.Write{Ino: 1, Size: 2, Time: time1})
 	head := make([]byte, 160)
-	if _, err := l.Files()[0].ReadAt(head, 0); err != nil {
+	files, err := l.Files()
+	if err == nil {
+		_, err = files[0].ReadAt(head, 0)
+	}
+	if err != nil {
 		f.Fatal(err)
 	}
 	f.Add(head, int64(4096+11), []byte("one\ntwo\nthr"))
 	f.Add(head, int64(4096+4), bytes.Repeat([]byte{'\n'}, 60_000))
 	f.Fuzz(func(t *testing.T, head []byte, position int64, in []byte) {
 		b := abandoned(t, owners[0], "x"+string(in[:min(len(in), lane.Batch-1)]), 0, lane.Write{})
-		var files []*os.File
-		for _, f := range b.Files() {
-			fd, err := unix.FcntlInt(f.Fd(), unix.F_DUPFD_CLOEXEC, 3)
-			if err != nil {
-				t.Fatal(err)
-			}
-			files = append(files, os.NewFile(uintptr(fd), "lane"))
+		files, err := b.Files()
+		if err != nil {
+			t.Fatal(err)
 		}
 		if _, err := files[0].WriteAt(head[:min(len(head), 4096)], 0); err != nil {
 			t.Fatal(err)
@@ -337,7 +336,7 @@ func FuzzDamagedLane(f *testing.F) {
 		appendTo(t, path, stamp1+" stderr F before\n")
 		_, stream, _ := left.Owner()
 		l := resumed(t, path, left, stream, "after\n")
-		p := lane.NewPool(func(l *lane.Lane) { t.Cleanup(l.Close) }, nil)
+		p := lane.NewPool(func(l *lane.Lane) { t.Cleanup(l.Close) }, nil, nil)
 		newSource(t, l.Stream(p, owners[1-stream], nil)).put([]byte("other\n"))
 		if err := l.Close(); err != nil {
 			t.Error(err)

@@ -62,18 +62,23 @@ func copier() error {
 	pool := lane.NewPool(func(l *lane.Lane) {
 		acks.Lock()
 		defer acks.Unlock()
-		var fds []int
-		for _, f := range l.Files() {
-			fds = append(fds, int(f.Fd()))
+		files, err := l.Files()
+		if err != nil {
+			die()
 		}
-		_, _, err := control.WriteMsgUnix([]byte{'l', byte(l.ID())}, unix.UnixRights(fds...), nil)
+		var fds []int
+		for _, f := range files {
+			fds = append(fds, int(f.Fd()))
+			defer f.Close()
+		}
+		_, _, err = control.WriteMsgUnix([]byte{'l', byte(l.ID())}, unix.UnixRights(fds...), nil)
 		if err == nil {
 			_, err = control.Read(make([]byte, 1))
 		}
 		if err != nil {
 			die()
 		}
-	}, func(err error) { fmt.Fprintln(os.Stderr, err); os.Exit(1) })
+	}, nil, func(err error) { fmt.Fprintln(os.Stderr, err); os.Exit(1) })
 
 	n, _ := strconv.Atoi(os.Getenv("LANES"))
 	var busy []*lane.Lane

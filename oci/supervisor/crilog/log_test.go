@@ -79,7 +79,7 @@ func newSource(t testing.TB, s *Stream) *source {
 
 // source is a stream of l with a pool of its own.
 func (l *Log) source(t testing.TB, stream int) *source {
-	return newSource(t, l.Stream(lane.NewPool(nil, nil), lane.Owner{Container: "c", Stream: stream}, nil))
+	return newSource(t, l.Stream(lane.NewPool(nil, nil, nil), lane.Owner{Container: "c", Stream: stream}, nil))
 }
 
 // put writes p to the pipe, and what the pipe holds to the log, until all is there.

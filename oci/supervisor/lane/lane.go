@@ -3,7 +3,7 @@
 // them.
 //
 // A lane is a memfd, mapped, and a private pipe. Whoever is to outlive the
-// supervisor holds duplicates of the three descriptors (Files); a next supervisor
+// supervisor holds duplicates of the three descriptors (Files), a next supervisor
 // makes the same lane of them (Open). A stream borrows a lane from the Pool when
 // it has something to read and gives it back when all of it is logged, so that a
 // node has as many lanes as streams that are busy at one moment.
@@ -171,10 +171,14 @@ func newLane(id int) (*Lane, error) {
 }
 
 func fail(files []*os.File, what string, err error) error {
-	for _, f := range files {
-		_ = f.Close()
-	}
+	closeAll(files)
 	return fmt.Errorf("lane: %s: %w", what, err)
+}
+
+func closeAll(files []*os.File) {
+	for _, f := range files {
+		_ = f.Close() // nil, or again: to no effect
+	}
 }
 
 // inMemory makes a lane that is lost with the process.
@@ -201,11 +205,7 @@ func Open(files []*os.File) (*Lane, error) {
 		if l != nil {
 			l.Close()
 		}
-		for _, f := range files {
-			if f != nil {
-				_ = f.Close()
-			}
-		}
+		closeAll(files)
 		return nil, fmt.Errorf("lane: %w: %w", err, errdefs.ErrInvalidArgument)
 	}
 	return l, nil
@@ -268,25 +268,33 @@ func open(files []*os.File) (*Lane, error) {
 }
 
 // Close ends the use of the lane in this process; what it holds stays with whoever
-// else has its descriptors. A lane of a pool is never closed.
+// else has its descriptors. A pool closes its lanes itself.
 func (l *Lane) Close() {
 	if l.files == nil {
 		return
 	}
 	_ = unix.Munmap(unsafe.Slice((*byte)(unsafe.Pointer(l.h)), size))
-	for _, f := range l.files {
-		_ = f.Close()
-	}
+	closeAll(l.files)
 	l.h, l.raw, l.files = nil, nil, nil
 }
 
 // ID is the lane's number in its pool, the same for as long as the lane lives.
 func (l *Lane) ID() int { return int(l.h.id) }
 
-// Files returns what whoever keeps the lane is to hold duplicates of: Open takes
-// them in this order. They stay the lane's. Nobody else may read, write or seek
-// them.
-func (l *Lane) Files() []*os.File { return l.files }
+// Files returns what whoever keeps the lane is to hold, in the order that Open
+// takes them: duplicates, which are the caller's. Nobody else may read, write or
+// seek them.
+func (l *Lane) Files() ([]*os.File, error) {
+	var out []*os.File
+	for _, f := range l.files {
+		fd, err := unix.FcntlInt(f.Fd(), unix.F_DUPFD_CLOEXEC, 3)
+		if err != nil {
+			return nil, fail(out, "dup", err)
+		}
+		out = append(out, os.NewFile(uintptr(fd), f.Name()))
+	}
+	return out, nil
+}
 
 // Owner returns whose bytes are in the lane; busy is whether there are any. The
 // owner of one that is not busy means nothing.

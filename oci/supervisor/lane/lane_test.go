@@ -42,14 +42,9 @@ func receive(t testing.TB, l *Lane, fd int, via *Via, want string) {
 // kept are duplicates of the lane's files, as another process holds them.
 func kept(t testing.TB, l *Lane) []*os.File {
 	t.Helper()
-	var files []*os.File
-	for _, f := range l.Files() {
-		fd, err := unix.FcntlInt(f.Fd(), unix.F_DUPFD_CLOEXEC, 3)
-		if err != nil {
-			t.Fatal(err)
-		}
-		files = append(files, os.NewFile(uintptr(fd), f.Name()))
-		t.Cleanup(func() { f.Close() })
+	files, err := l.Files()
+	if err != nil {
+		t.Fatal(err)
 	}
 	return files
 }
@@ -94,7 +89,7 @@ func terminal(t testing.TB) (master, slave int) {
 }
 
 func TestReceive(t *testing.T) {
-	p := NewPool(nil, func(err error) { t.Error(err) })
+	p := NewPool(nil, nil, func(err error) { t.Error(err) })
 	t.Run("pipe", func(t *testing.T) {
 		r, end := ends(t)
 		w, err := unix.FcntlInt(uintptr(end), unix.F_DUPFD_CLOEXEC, 3)
@@ -158,7 +153,7 @@ func TestReceive(t *testing.T) {
 // TestRoom: bytes that stay do not stop those that come.
 func TestRoom(t *testing.T) {
 	r, w := ends(t)
-	l, via := NewPool(nil, nil).Take(Owner{"c", 0}), spliced
+	l, via := NewPool(nil, nil, nil).Take(Owner{"c", 0}), spliced
 	var in, out []byte
 	for i := range 3000 {
 		p := bytes.Repeat([]byte{byte(i)}, 1+i*7919%Batch)
@@ -192,7 +187,7 @@ func TestFront(t *testing.T) {
 	via := spliced
 	for base := 0; base <= 40_000; base += 2500 {
 		for n := 0; n <= Rest; n += 4096 {
-			l := NewPool(nil, nil).Take(Owner{"c", 0})
+			l := NewPool(nil, nil, nil).Take(Owner{"c", 0})
 			in := make([]byte, base+n)
 			for i := range in {
 				in[i] = byte(i % 251)
@@ -229,7 +224,7 @@ func TestFront(t *testing.T) {
 func TestNextProcess(t *testing.T) {
 	r, w := ends(t)
 	via := spliced
-	p := NewPool(nil, nil)
+	p := NewPool(nil, nil, nil)
 	l := p.Take(Owner{strings.Repeat("a", 64), 1})
 	if _, _, busy := next(t, l).Owner(); busy {
 		t.Error("busy with nothing")
@@ -279,7 +274,7 @@ func resident(t *testing.T, l *Lane) int {
 func TestTrim(t *testing.T) {
 	r, w := ends(t)
 	via := spliced
-	p := NewPool(nil, nil)
+	p := NewPool(nil, nil, nil)
 	l := p.Take(Owner{"c", 0})
 	fill(t, w, bytes.Repeat([]byte{'x'}, Batch))
 	if _, err := l.Receive(r, &via); err != nil {
@@ -298,46 +293,62 @@ func TestTrim(t *testing.T) {
 	if string(next(t, l).Bytes()) != "xxxxxxxxxxy" {
 		t.Errorf("%q", l.Bytes())
 	}
-	var all []*Lane
-	for range 3 * warm {
-		l := p.Take(Owner{"c", 0})
-		fill(t, w, bytes.Repeat([]byte{'x'}, Batch))
-		if _, err := l.Receive(r, &via); err != nil {
-			t.Fatal(err)
-		}
-		all = append(all, l)
-	}
-	sum := 0
-	for _, l := range all {
-		p.Put(l) // with all that is in it
-		sum += resident(t, l)
-	}
-	if most := warm*size + 2*warm*2*page; sum > most {
-		t.Errorf("%d idle lanes take %d bytes of memory, want at most %d", len(all), sum, most)
-	}
 }
 
 func TestPool(t *testing.T) {
-	var announced []int
-	p := NewPool(func(l *Lane) { announced = append(announced, l.ID()) }, nil)
-	a, b := p.Take(Owner{"a", 0}), p.Take(Owner{"b", 1})
-	p.Put(a)
-	c := p.Take(Owner{"c", 0})
-	if fmt.Sprint(announced) != "[0 1]" || c != a || len(p.All()) != 2 || p.All()[1] != b {
-		t.Errorf("announced %v, all %v", announced, p.All())
+	var calls []string
+	record := func(l *Lane) { calls = append(calls, fmt.Sprint("+", l.ID())) }
+	p := NewPool(record, func(id int) { calls = append(calls, fmt.Sprint("-", id)) }, nil)
+	said := func(want string) {
+		t.Helper()
+		if got := strings.Join(calls, " "); got != want {
+			t.Errorf("announced and retired %q, want %q", got, want)
+		}
+		calls = nil
 	}
-	// The pool of the next process gets lane 1, and a second one with that number.
-	q := NewPool(func(l *Lane) { announced = append(announced, l.ID()) }, nil)
-	other := NewPool(nil, nil)
+	a := p.Take(Owner{"a", 0})
+	said("+0 +1 +2 +3") // the warm ones
+	b := p.Take(Owner{"b", 1})
+	if p.Put(a); p.Take(Owner{"c", 0}) != a {
+		t.Error("not the lane that came back last")
+	}
+	all := []*Lane{a, b}
+	for range 4 {
+		all = append(all, p.Take(Owner{"d", 0}))
+	}
+	said("+4 +5")
+	spare := fmt.Sprintf("-%d -%d", all[4].ID(), all[5].ID())
+	for _, l := range all {
+		p.Put(l)
+	}
+	said(spare)
+	kept, err := p.All()
+	if err != nil || len(kept) != warm {
+		t.Fatalf("%d lanes, %v", len(kept), err)
+	}
+	for _, k := range kept {
+		l, err := Open(k.Files)
+		if err != nil || l.ID() != k.ID {
+			t.Fatalf("lane %d: %v", k.ID, err)
+		}
+		l.Close()
+	}
+
+	// The pool of a next process gets lane 1 twice.
+	other := NewPool(nil, nil, nil)
 	other.Take(Owner{"x", 0})
+	q := NewPool(record, nil, nil)
 	first, second := next(t, b), next(t, other.Take(Owner{"y", 0}))
+	id := first.ID()
+	second.h.id = uint32(id)
 	q.Add(first)
-	if q.Add(second); first.ID() != 1 || second.ID() != 0 || fmt.Sprint(announced) != "[0 1 0]" {
-		t.Errorf("ids %d and %d, announced %v", first.ID(), second.ID(), announced)
+	q.Add(second)
+	if first.ID() != id || second.ID() == id {
+		t.Errorf("ids %d and %d", first.ID(), second.ID())
 	}
-	q.Put(first)
-	if q.Take(Owner{"d", 0}) != first || q.Take(Owner{"e", 0}).ID() != 2 {
-		t.Errorf("all %v", q.All())
+	said("+" + fmt.Sprint(second.ID()))
+	if q.Put(first); q.Take(Owner{"d", 0}) != first {
+		t.Error("another lane")
 	}
 }
 
@@ -352,7 +363,7 @@ func TestNoDescriptors(t *testing.T) {
 		t.Fatal(err)
 	}
 	failed := 0
-	p := NewPool(nil, func(error) { failed++ })
+	p := NewPool(nil, nil, func(error) { failed++ })
 	l, via := p.Take(Owner{"c", 0}), spliced
 	if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &old); err != nil {
 		t.Fatal(err)
@@ -368,8 +379,8 @@ func TestNoDescriptors(t *testing.T) {
 		l.Trim()
 	}
 	p.Put(l)
-	if failed != 1 || len(p.All()) != 0 || p.Take(Owner{"c", 0}) == l {
-		t.Errorf("failed %d times, %d lanes", failed, len(p.All()))
+	if failed != 1 || p.count() != 0 || p.Take(Owner{"c", 0}) == l {
+		t.Errorf("failed %d times, %d lanes", failed, p.count())
 	}
 }
 
@@ -465,7 +476,7 @@ func FuzzDamaged(f *testing.F) {
 		if _, err := n.Receive(r, &via); err != nil && err != unix.EAGAIN {
 			t.Fatal(err)
 		}
-		p := NewPool(nil, nil)
+		p := NewPool(nil, nil, nil)
 		p.Add(n)
 		p.Put(n)
 		if p.Take(Owner{"c", 0}) != n {

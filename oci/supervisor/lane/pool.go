@@ -2,17 +2,19 @@ package lane
 
 import (
 	"maps"
+	"os"
 	"slices"
 	"sync"
 )
 
-// warm is how many idle lanes keep all their memory.
+// warm is how many lanes there are when none is in use.
 const warm = 4
 
-// Pool hands lanes to streams. It makes them on demand and keeps those that come
-// back, so that whoever holds their descriptors hears of each once.
+// Pool hands lanes to streams. It makes them on demand and keeps some that come
+// back.
 type Pool struct {
 	announce func(*Lane)
+	retire   func(id int)
 	failed   func(error)
 
 	mu   sync.Mutex
@@ -21,10 +23,12 @@ type Pool struct {
 }
 
 // NewPool returns an empty pool. announce is called for each lane that is made,
-// before anything is in it, and outside of any lock: it returns when whoever is to
-// keep the lane has it. failed hears why a lane could not be made. Both may be nil.
-func NewPool(announce func(*Lane), failed func(error)) *Pool {
-	return &Pool{announce: announce, failed: failed, all: map[int]*Lane{}}
+// before anything is in it: it returns when whoever is to keep the lane has its
+// files. retire is called when nothing will ever be in the lane again; its number
+// may be another lane's afterwards. failed hears why a lane could not be made. They
+// are called outside of any lock, and may be nil.
+func NewPool(announce func(*Lane), retire func(id int), failed func(error)) *Pool {
+	return &Pool{announce: announce, retire: retire, failed: failed, all: map[int]*Lane{}}
 }
 
 // Take returns an empty lane for o. It waits for no other stream and always
@@ -33,7 +37,7 @@ func NewPool(announce func(*Lane), failed func(error)) *Pool {
 func (p *Pool) Take(o Owner) *Lane {
 	l := p.next()
 	if l == nil {
-		l = p.make()
+		l = p.grow()
 	}
 	l.own(o)
 	return l
@@ -52,6 +56,30 @@ func (p *Pool) next() *Lane {
 	return l
 }
 
+// grow makes a lane, and the first time all those that the pool keeps: the
+// descriptors of a process that does the same again and again stay as many.
+func (p *Pool) grow() *Lane {
+	l := p.make()
+	for l != nil && p.count() < warm {
+		more := p.make()
+		if more == nil {
+			break
+		}
+		p.Put(more)
+	}
+	if l == nil {
+		return inMemory()
+	}
+	return l
+}
+
+func (p *Pool) count() int {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return len(p.all)
+}
+
+// make returns nil when that is not possible.
 func (p *Pool) make() *Lane {
 	p.mu.Lock()
 	id := p.unusedLocked()
@@ -68,11 +96,8 @@ func (p *Pool) make() *Lane {
 	switch {
 	case err == nil && p.announce != nil:
 		p.announce(l)
-	case err != nil:
-		if p.failed != nil {
-			p.failed(err)
-		}
-		return inMemory()
+	case err != nil && p.failed != nil:
+		p.failed(err)
 	}
 	return l
 }
@@ -95,13 +120,21 @@ func (p *Pool) Put(l *Lane) {
 		l.discard()
 	}
 	p.mu.Lock()
-	spare := len(p.idle) >= warm
+	keep := len(p.idle) < warm
+	if keep {
+		p.idle = append(p.idle, l)
+	}
 	p.mu.Unlock()
-	if spare {
-		l.Trim()
+	if keep {
+		return
+	}
+	id := l.ID()
+	if p.retire != nil {
+		p.retire(id) // before the number is free again
 	}
 	p.mu.Lock()
-	p.idle = append(p.idle, l)
+	delete(p.all, id)
+	l.Close()
 	p.mu.Unlock()
 }
 
@@ -123,16 +156,32 @@ func (p *Pool) Add(l *Lane) {
 	}
 }
 
+// Kept is what whoever keeps a lane has of it.
+type Kept struct {
+	ID    int
+	Files []*os.File // as Lane.Files returns them
+}
+
 // All returns the lanes that there are, for somebody who comes late to keep them.
-// One that is being announced may be among them.
-func (p *Pool) All() []*Lane {
+// The caller closes the files. A lane may be among them whose announcement, or
+// retirement, is still to come.
+func (p *Pool) All() ([]Kept, error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	out := make([]*Lane, 0, len(p.all))
+	var out []Kept
 	for _, id := range slices.Sorted(maps.Keys(p.all)) {
-		if l := p.all[id]; l != nil {
-			out = append(out, l)
+		l := p.all[id]
+		if l == nil {
+			continue
 		}
+		files, err := l.Files()
+		if err != nil {
+			for _, k := range out {
+				closeAll(k.Files)
+			}
+			return nil, err
+		}
+		out = append(out, Kept{id, files})
 	}
-	return out
+	return out, nil
 }
