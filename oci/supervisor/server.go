@@ -139,6 +139,7 @@ func (s *Server) Serve(ctx context.Context) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	var own sync.WaitGroup
+	s.lanes.Warm()
 	own.Go(func() { s.children.reapOrphans(ctx) })
 	own.Go(func() { s.watchTerm(ctx) })
 	own.Go(s.accept)

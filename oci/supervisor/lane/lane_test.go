@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"math"
 	"os"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -306,8 +307,10 @@ func TestPool(t *testing.T) {
 		}
 		calls = nil
 	}
+	p.Warm()
+	p.Warm()
+	said("+0 +1 +2 +3")
 	a := p.Take(Owner{"a", 0})
-	said("+0 +1 +2 +3") // the warm ones
 	b := p.Take(Owner{"b", 1})
 	if p.Put(a); p.Take(Owner{"c", 0}) != a {
 		t.Error("not the lane that came back last")
@@ -317,27 +320,26 @@ func TestPool(t *testing.T) {
 		all = append(all, p.Take(Owner{"d", 0}))
 	}
 	said("+4 +5")
-	spare := fmt.Sprintf("-%d -%d", all[4].ID(), all[5].ID())
-	for _, l := range all {
+	for _, l := range slices.Backward(all) {
 		p.Put(l)
 	}
-	said(spare)
+	said("-5 -4")
 	kept, err := p.All()
 	if err != nil || len(kept) != warm {
 		t.Fatalf("%d lanes, %v", len(kept), err)
 	}
-	for _, k := range kept {
+	for i, k := range kept {
 		l, err := Open(k.Files)
-		if err != nil || l.ID() != k.ID {
-			t.Fatalf("lane %d: %v", k.ID, err)
+		if err != nil || k.ID != i || l.ID() != i {
+			t.Fatalf("lane %d: id %d, %v", i, k.ID, err)
 		}
 		l.Close()
 	}
 
 	// The pool of a next process gets lane 1 twice.
 	other := NewPool(nil, nil, nil)
-	other.Take(Owner{"x", 0})
 	q := NewPool(record, nil, nil)
+	b = p.Take(Owner{"b", 1})
 	first, second := next(t, b), next(t, other.Take(Owner{"y", 0}))
 	id := first.ID()
 	second.h.id = uint32(id)

@@ -37,7 +37,10 @@ func NewPool(announce func(*Lane), retire func(id int), failed func(error)) *Poo
 func (p *Pool) Take(o Owner) *Lane {
 	l := p.next()
 	if l == nil {
-		l = p.grow()
+		l = p.make()
+	}
+	if l == nil {
+		l = inMemory()
 	}
 	l.own(o)
 	return l
@@ -56,21 +59,15 @@ func (p *Pool) next() *Lane {
 	return l
 }
 
-// grow makes a lane, and the first time all those that the pool keeps: the
-// descriptors of a process that does the same again and again stay as many.
-func (p *Pool) grow() *Lane {
-	l := p.make()
-	for l != nil && p.count() < warm {
-		more := p.make()
-		if more == nil {
-			break
+// Warm makes the lanes that the pool keeps when none is in use.
+func (p *Pool) Warm() {
+	for p.count() < warm {
+		l := p.make()
+		if l == nil {
+			return
 		}
-		p.Put(more)
+		p.Put(l)
 	}
-	if l == nil {
-		return inMemory()
-	}
-	return l
 }
 
 func (p *Pool) count() int {
@@ -120,21 +117,30 @@ func (p *Pool) Put(l *Lane) {
 		l.discard()
 	}
 	p.mu.Lock()
-	keep := len(p.idle) < warm
-	if keep {
-		p.idle = append(p.idle, l)
+	p.idle = append(p.idle, l)
+	var spare *Lane
+	if len(p.idle) > warm {
+		// The last numbers go: in the end the lanes are those of the beginning.
+		last := 0
+		for i, l := range p.idle {
+			if l.ID() > p.idle[last].ID() {
+				last = i
+			}
+		}
+		spare = p.idle[last]
+		p.idle = slices.Delete(p.idle, last, last+1)
 	}
 	p.mu.Unlock()
-	if keep {
+	if spare == nil {
 		return
 	}
-	id := l.ID()
+	id := spare.ID()
 	if p.retire != nil {
 		p.retire(id) // before the number is free again
 	}
 	p.mu.Lock()
 	delete(p.all, id)
-	l.Close()
+	spare.Close()
 	p.mu.Unlock()
 }
 
