@@ -27,7 +27,7 @@ type adopted struct {
 // those that it left with bytes of the container's streams. It touches no file:
 // the first use of the log opens it and completes the write that was under way,
 // before any stream of the log writes anything. When that fails the error goes to
-// failed, and the log drops what comes until a Reopen.
+// failed, which must not use the log, and the log drops what comes until a Reopen.
 func Adopt(path string, failed func(error), lanes ...*lane.Lane) *Log {
 	return &Log{left: &adopted{path: path, lanes: lanes, failed: failed}}
 }

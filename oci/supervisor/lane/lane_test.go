@@ -366,6 +366,7 @@ func TestNoDescriptors(t *testing.T) {
 	}
 	failed := 0
 	p := NewPool(nil, nil, func(error) { failed++ })
+	p.Take(Owner{"b", 0})
 	l, via := p.Take(Owner{"c", 0}), spliced
 	if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &old); err != nil {
 		t.Fatal(err)

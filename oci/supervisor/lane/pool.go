@@ -17,16 +17,17 @@ type Pool struct {
 	retire   func(id int)
 	failed   func(error)
 
-	mu   sync.Mutex
-	all  map[int]*Lane // nil: being made
-	idle []*Lane       // a stack: the last one is in the processor's caches
+	mu      sync.Mutex
+	all     map[int]*Lane // nil: being made
+	idle    []*Lane       // a stack: the last one is in the processor's caches
+	failing bool          // the last lane could not be made
 }
 
 // NewPool returns an empty pool. announce is called for each lane that is made,
 // before anything is in it: it returns when whoever is to keep the lane has its
 // files. retire is called when nothing will ever be in the lane again; its number
-// may be another lane's afterwards. failed hears why a lane could not be made. They
-// are called outside of any lock, and may be nil.
+// may be another lane's afterwards. failed hears why a lane could not be made, once
+// until one can. They are called outside of any lock, and may be nil.
 func NewPool(announce func(*Lane), retire func(id int), failed func(error)) *Pool {
 	return &Pool{announce: announce, retire: retire, failed: failed, all: map[int]*Lane{}}
 }
@@ -84,6 +85,8 @@ func (p *Pool) make() *Lane {
 	p.mu.Unlock()
 	l, err := newLane(id)
 	p.mu.Lock()
+	again := p.failing
+	p.failing = err != nil
 	if err == nil {
 		p.all[id] = l
 	} else {
@@ -93,7 +96,7 @@ func (p *Pool) make() *Lane {
 	switch {
 	case err == nil && p.announce != nil:
 		p.announce(l)
-	case err != nil && p.failed != nil:
+	case err != nil && p.failed != nil && !again:
 		p.failed(err)
 	}
 	return l
