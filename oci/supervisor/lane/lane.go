@@ -223,8 +223,11 @@ func open(files []*os.File) (*Lane, error) {
 	}
 	// Without the seal somebody could make the file shorter, and our access a SIGBUS.
 	seals, err := unix.FcntlInt(files[0].Fd(), unix.F_GET_SEALS, 0)
-	if err != nil || seals&unix.F_SEAL_SHRINK == 0 || st[0].Size != size {
-		return nil, fmt.Errorf("memfd of %d bytes with seals %#x: %w", st[0].Size, seals, err)
+	if err != nil {
+		return nil, fmt.Errorf("descriptor 0: seals: %w", err)
+	}
+	if seals&unix.F_SEAL_SHRINK == 0 || st[0].Size != size {
+		return nil, fmt.Errorf("descriptor 0: %d bytes with seals %#x, want %d that cannot be shortened", st[0].Size, seals, size)
 	}
 	if st[1].Mode&unix.S_IFMT != unix.S_IFIFO || st[1].Ino != st[2].Ino || st[1].Dev != st[2].Dev || st[2].Mode&unix.S_IFMT != unix.S_IFIFO {
 		return nil, fmt.Errorf("descriptors 1 and 2 are not the ends of a pipe")
