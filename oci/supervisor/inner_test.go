@@ -435,3 +435,57 @@ func TestSpecWithoutScoreOrEnvironment(t *testing.T) {
 		t.Errorf("%+v", p)
 	}
 }
+
+// A burst makes lanes that are told to the daemon and taken back from it.
+func TestLanesOfABurst(t *testing.T) {
+	s := fakeServer(t)
+	s.settle()
+	c := &conn{s: s, wake: make(chan struct{}, 1)}
+	c.events.Store(true)
+	c.version.Store(wire.VersionTakeover)
+	old := &conn{s: s, wake: make(chan struct{}, 1)}
+	old.events.Store(true)
+	quit := make(chan struct{})
+	var said []string
+	go func() { // the daemon
+		defer close(quit)
+		for range c.wake {
+			c.mu.Lock()
+			queue, closed := c.queue, c.closed
+			c.queue = nil
+			c.mu.Unlock()
+			for _, m := range queue {
+				said = append(said, strings.TrimSpace(string(m.bytes[bytes.IndexByte(m.bytes, '{'):])))
+				m.done()
+			}
+			if closed {
+				return
+			}
+		}
+	}()
+	s.mu.Lock()
+	s.conns[c], s.conns[old] = struct{}{}, struct{}{}
+	s.mu.Unlock()
+	var taken []*lane.Lane
+	for range 5 {
+		taken = append(taken, s.lanes.Take(lane.Owner{Container: "c"}))
+	}
+	for _, l := range taken {
+		s.lanes.Put(l)
+	}
+	s.mu.Lock()
+	delete(s.conns, c)
+	delete(s.conns, old)
+	s.mu.Unlock()
+	c.mu.Lock()
+	c.closed = true
+	c.mu.Unlock()
+	c.signal()
+	<-quit
+	if got := strings.Join(said, "\n"); !strings.Contains(got, `"op":"lane"`) || !strings.Contains(got, `"op":"lane-gone"`) || strings.Count(got, `"ids":[4]`) != 2 || len(said) != 2 {
+		t.Errorf("the daemon heard %q", said)
+	}
+	if len(old.queue) > 0 {
+		t.Error("an old daemon heard of lanes")
+	}
+}

@@ -61,17 +61,8 @@ func (s *Server) announce(l *lane.Lane) {
 	if err != nil {
 		return
 	}
-	s.mu.Lock()
-	conns := make([]*conn, 0, len(s.conns))
-	for c := range s.conns {
-		conns = append(conns, c)
-	}
-	s.mu.Unlock()
 	limit := time.After(announceTime)
-	for _, c := range conns {
-		if !c.events.Load() || c.version.Load() < wire.VersionTakeover {
-			continue
-		}
+	for _, c := range s.keepers() {
 		files, err := l.Files()
 		if err != nil {
 			s.log.Warn("lane is not held by the daemon", "error", err)
@@ -90,6 +81,34 @@ func (s *Server) announce(l *lane.Lane) {
 			return
 		}
 	}
+}
+
+// retire tells the daemon that it need not hold a lane any longer. One that is not
+// there finds out when it asks again.
+func (s *Server) retire(id int) {
+	body, err := json.Marshal(wire.LanesReply{IDs: []int{id}})
+	if err != nil {
+		return
+	}
+	b, err := wire.Encode(wire.Frame{Op: wire.OpLaneGone, Body: body}, 0)
+	if err != nil {
+		return
+	}
+	for _, c := range s.keepers() {
+		c.post(message{bytes: b})
+	}
+}
+
+// keepers are the connections of who holds lanes.
+func (s *Server) keepers() (out []*conn) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for c := range s.conns {
+		if c.events.Load() && c.version.Load() >= wire.VersionTakeover {
+			out = append(out, c)
+		}
+	}
+	return out
 }
 
 func dupFiles(files []*os.File) (out []*os.File, err error) {

@@ -120,7 +120,7 @@ func newServer(cfg Config) *Server {
 	if s.log == nil {
 		s.log = slog.Default()
 	}
-	s.lanes = lane.NewPool(s.announce, nil, func(err error) {
+	s.lanes = lane.NewPool(s.announce, s.retire, func(err error) {
 		s.log.Warn("container output passes memory of this process alone and is lost if it is killed", "error", err)
 	})
 	return s
@@ -139,7 +139,6 @@ func (s *Server) Serve(ctx context.Context) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	var own sync.WaitGroup
-	s.lanes.Warm()
 	own.Go(func() { s.children.reapOrphans(ctx) })
 	own.Go(func() { s.watchTerm(ctx) })
 	own.Go(s.accept)

@@ -276,6 +276,7 @@ func (s *Server) settle() {
 	for _, l := range s.left.drop() { // of containers that were deleted, or refused
 		s.lanes.Put(l)
 	}
+	s.lanes.Warm() // not before: a client gives its lanes to a supervisor that has none
 	if s.cfg.Settle == nil {
 		return
 	}

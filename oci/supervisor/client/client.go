@@ -220,6 +220,11 @@ func (c *Client) read(l *link) {
 				if json.Unmarshal(f.Body, &r) == nil {
 					c.held.addLanes(r.IDs, files)
 				}
+			case wire.OpLaneGone:
+				var r wire.LanesReply
+				if json.Unmarshal(f.Body, &r) == nil {
+					c.held.dropLanes(r.IDs)
+				}
 			default: // of a later version
 			}
 			wire.CloseFiles(files)

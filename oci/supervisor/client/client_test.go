@@ -159,3 +159,61 @@ func serve(l *net.UnixListener, version int) error {
 		}
 	}
 }
+
+// The lanes that are held are those that the supervisor last spoke of.
+func TestLanesComeAndGo(t *testing.T) {
+	pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ours, err := wire.NewConn(pair[0])
+	if err != nil {
+		t.Fatal(err)
+	}
+	theirs, err := wire.NewConn(pair[1])
+	if err != nil {
+		t.Fatal(err)
+	}
+	null, err := os.Open(os.DevNull)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer null.Close()
+	open := func() int {
+		fds, err := os.ReadDir("/proc/self/fd")
+		if err != nil {
+			t.Fatal(err)
+		}
+		return len(fds)
+	}
+	before := open()
+	c := &Client{}
+	say := func(op wire.Op, id int, files ...*os.File) {
+		t.Helper()
+		body, err := json.Marshal(wire.LanesReply{IDs: []int{id}})
+		if err == nil {
+			err = theirs.Send(wire.Frame{Op: op, Body: body}, files...)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	say(wire.OpLane, 4, null, null, null)
+	say(wire.OpLane, 5, null, null, null)
+	say(wire.OpLane, 5, null, null, null) // another one with that number
+	say(wire.OpLaneGone, 4)
+	say(wire.OpLaneGone, 6) // we have not heard of it
+	theirs.Close()
+	l := &link{conn: ours, done: make(chan struct{})}
+	c.read(l)
+	if got := fmt.Sprint(c.held.heldLanes()); got != "[5]" {
+		t.Errorf("holds %s", got)
+	}
+	if _, ok := c.held.lane(4); ok {
+		t.Error("lane 4 is still there")
+	}
+	c.held.close()
+	if now := open(); now > before-2 { // the two sockets
+		t.Errorf("%d descriptors, were %d", now, before)
+	}
+}

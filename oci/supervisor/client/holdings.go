@@ -295,6 +295,19 @@ func (h *holdings) addLanes(ids []int, files []*os.File) {
 	}
 }
 
+// dropLanes ends the holding of lanes.
+func (h *holdings) dropLanes(ids []int) {
+	for _, n := range ids {
+		h.mu.Lock()
+		old, ok := h.lanes[n]
+		delete(h.lanes, n)
+		h.mu.Unlock()
+		if ok {
+			closeFDs(old[:]...)
+		}
+	}
+}
+
 // heldLanes lists the lanes that are held.
 func (h *holdings) heldLanes() []int {
 	h.mu.Lock()

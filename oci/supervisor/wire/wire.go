@@ -80,6 +80,7 @@ const (
 	OpFollow   Op = "follow"    // Follow + fds [pidfd] or [pidfd, pty master] -> nil: the exit of an exec goes to this connection
 	OpUpgrade  Op = "upgrade"   // Upgrade -> the connection ends and the other program serves the next, or an error
 	OpLane     Op = "lane"      // notification: one lane + LaneFDs fds, to be held
+	OpLaneGone Op = "lane-gone" // notification: a lane, not to be held any longer
 )
 
 // LaneFDs is how many descriptors a lane has (package lane).
@@ -236,7 +237,7 @@ type Lanes struct {
 }
 
 // LanesReply names the lanes that come with it, and says how many there are. A
-// lane keeps its number as long as it is held. It is the body of OpLane, too.
+// lane keeps its number as long as it is held. It is the body of OpLane and OpLaneGone, too.
 type LanesReply struct {
 	IDs   []int `json:"ids"`
 	Total int   `json:"total"`
