@@ -45,13 +45,7 @@ func (c *Client) takeOver(ctx context.Context, l *link) error {
 	for _, i := range list.Containers {
 		known[i.ID] = true
 	}
-	if err := c.syncLanes(ctx, l); err != nil {
-		return err
-	}
-	if err := c.keepAgain(ctx, l); err != nil {
-		return err
-	}
-	var lost []id.Container
+	var lost, ask []id.Container
 	held := map[id.Container]bool{}
 	for _, n := range c.held.starts() {
 		held[n] = true
@@ -59,22 +53,25 @@ func (c *Client) takeOver(ctx context.Context, l *link) error {
 			lost = append(lost, n)
 		}
 	}
-	if err := c.handOver(ctx, l, lost); err != nil {
-		return err
-	}
-	if err := l.plain(ctx, wire.OpSettled, nil, nil); err != nil {
-		return err
-	}
-	var ask []id.Container
 	for n := range known {
 		if !held[n] {
 			ask = append(ask, n)
 		}
 	}
-	if err := c.hold(ctx, l, ask); err != nil {
-		return err
+	for _, step := range []func() error{
+		func() error { return c.syncLanes(ctx, l) },
+		func() error { return c.keepAgain(ctx, l) },
+		func() error { return c.handOver(ctx, l, lost) },
+		func() error { return l.plain(ctx, wire.OpSettled, nil, nil) },
+		func() error { return c.hold(ctx, l, ask) },
+		func() error { return c.follow(ctx, l) },
+	} {
+		// What one side has no room for, say, costs some safety and not the service.
+		if err := step(); broken(err) {
+			return err
+		}
 	}
-	return c.follow(ctx, l)
+	return nil
 }
 
 // plain is a request without descriptors.
