@@ -7,40 +7,25 @@ import (
 	"net"
 	"os"
 	"path/filepath"
-	"strings"
 	"time"
 
 	"github.com/containerd/errdefs"
-	"golang.org/x/sys/unix"
+
+	"github.com/berth-runtime/berth/internal/dirlock"
 )
 
 // lockDir makes sure that one daemon works on a directory, which is the value of
 // flag. The lock goes with the process, however it ends.
 func lockDir(flag, dir string) (*os.File, error) {
-	path := filepath.Join(dir, "berthd.lock")
-	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|unix.O_CLOEXEC, 0o600)
-	if err != nil {
+	f, err := dirlock.Take(dir)
+	var held *dirlock.HeldError
+	switch {
+	case errors.As(err, &held):
+		return nil, fmt.Errorf("%s %w; stop it or choose another --%s: %w", flag, err, flag, errdefs.ErrFailedPrecondition)
+	case err != nil:
 		return nil, fmt.Errorf("%s directory: %w", flag, err)
 	}
-	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
-		holder := make([]byte, 16)
-		n, _ := f.ReadAt(holder, 0)
-		_ = f.Close()
-		if errors.Is(err, unix.EWOULDBLOCK) {
-			return nil, fmt.Errorf("%s directory %s is in use by another berthd (pid %s); stop it or choose another --%s: %w",
-				flag, dir, strings.TrimSpace(string(holder[:n])), flag, errdefs.ErrFailedPrecondition)
-		}
-		return nil, fmt.Errorf("lock %s: %w", path, err)
-	}
-	if err := errors.Join(f.Truncate(0), writeAt(f, fmt.Sprintf("%d\n", os.Getpid()))); err != nil {
-		return nil, errors.Join(fmt.Errorf("lock %s: %w", path, err), f.Close())
-	}
 	return f, nil
-}
-
-func writeAt(f *os.File, s string) error {
-	_, err := f.WriteAt([]byte(s), 0)
-	return err
 }
 
 // listen opens the CRI socket. One that nobody answers on is left from a daemon
