@@ -10,6 +10,7 @@ import (
 	"os"
 
 	"github.com/berth-runtime/berth/internal/id"
+	"github.com/berth-runtime/berth/internal/leftover"
 )
 
 // Protocol of a port mapping.
@@ -67,6 +68,15 @@ type Network interface {
 	Detach(ctx context.Context, p Pod, a Attachment, netns *os.File) error
 	// Ready returns nil when pods can be attached, else the reason and remedy.
 	Ready() error
-	// GC releases everything that belongs to none of the given pods.
-	GC(ctx context.Context, live []id.Pod) error
+	// Leftovers looks for what belongs to no pod that is in use. It asks after it
+	// has listed what there is; what Attach and Detach have under way is none.
+	Leftovers(ctx context.Context, use InUse) ([]leftover.Finding, error)
+}
+
+// InUse says what the pods on record use, at the moment of the call.
+type InUse struct {
+	// Pod reports whether a pod is attached, or being attached or detached.
+	Pod func(id.Pod) bool
+	// IPs are the addresses of all pods on record.
+	IPs func() []netip.Addr
 }

@@ -205,7 +205,7 @@ func (s *Selector) Attach(ctx context.Context, p Pod) (Attachment, *os.File, err
 	return a, ns, nil
 }
 
-// begin marks pod busy, so that GC leaves it alone, until the returned function is called.
+// begin marks pod busy, so that Leftovers leaves it alone, until the returned function is called.
 func (s *Selector) begin(pod id.Pod) func() {
 	s.mu.Lock()
 	s.busy[pod] = struct{}{}
@@ -238,7 +238,7 @@ func (s *Selector) attach(ctx context.Context, p Pod, list *libcni.NetworkConfig
 	}
 	if err != nil {
 		// The plugins may have done half of it. If DEL does not work either, journal
-		// and pin stay for Detach or GC to try again.
+		// and pin stay for Detach or Leftovers to try again.
 		err = errors.Join(err, s.del(context.WithoutCancel(ctx), p, a, ns))
 		if ns != nil {
 			ns.Close()
@@ -389,35 +389,13 @@ func (s *Selector) runDel(ctx context.Context, pod id.Pod, state []byte, netns *
 	return s.cni.DelNetworkList(ctx, list, rt)
 }
 
-// GC implements Network: it detaches pods that are not live, and gives the
-// plugins (from CNI 1.1 on) the list of attachments to keep.
-func (s *Selector) GC(ctx context.Context, live []id.Pod) error {
-	var errs []error
-	if s.cfg.Default != nil {
-		errs = append(errs, s.cfg.Default.GC(ctx, live))
+// Collect gives the plugins (from CNI 1.1 on) the list of attachments to keep. No
+// Attach may be under way: its pod is not in the list yet.
+func (s *Selector) Collect(ctx context.Context) error {
+	sel := s.state.Load()
+	if sel.list == nil {
+		return nil
 	}
-	keep := make(map[id.Pod]struct{}, len(live))
-	for _, p := range live {
-		keep[p] = struct{}{}
-	}
-	pods, err := s.journalled()
-	if err != nil {
-		return errors.Join(append(errs, err)...)
-	}
-	for _, pod := range pods {
-		if _, ok := keep[pod]; ok || s.isBusy(pod) {
-			continue
-		}
-		errs = append(errs, s.Detach(ctx, Pod{ID: pod}, Attachment{Network: PluginNetwork}, nil))
-	}
-	if sel := s.state.Load(); sel.list != nil {
-		errs = append(errs, s.collect(ctx, sel.list))
-	}
-	return errors.Join(errs...)
-}
-
-// collect runs the GC verb; everything in the journal is still attached.
-func (s *Selector) collect(ctx context.Context, list *libcni.NetworkConfigList) error {
 	pods, err := s.journalled()
 	if err != nil {
 		return err
@@ -428,8 +406,8 @@ func (s *Selector) collect(ctx context.Context, list *libcni.NetworkConfigList) 
 	}
 	ctx, cancel := context.WithTimeoutCause(ctx, s.cfg.Timeout, fmt.Errorf("no answer within %v", s.cfg.Timeout))
 	defer cancel()
-	if err := s.cni.GCNetworkList(ctx, list, &libcni.GCArgs{ValidAttachments: valid}); err != nil {
-		return fmt.Errorf("collect network %s: %w", list.Name, err)
+	if err := s.cni.GCNetworkList(ctx, sel.list, &libcni.GCArgs{ValidAttachments: valid}); err != nil {
+		return fmt.Errorf("collect network %s: %w", sel.list.Name, err)
 	}
 	return nil
 }

@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -16,6 +17,7 @@ import (
 
 	"github.com/berth-runtime/berth/internal/id"
 	"github.com/berth-runtime/berth/internal/kernel"
+	"github.com/berth-runtime/berth/internal/leftover"
 )
 
 // fakePlugin logs each call as "verb netns" and keeps the call's input; files
@@ -100,8 +102,10 @@ func (b *bench) open() *Selector {
 	}
 	b.s = s
 	b.Cleanup(func() {
-		if err := s.GC(context.Background(), nil); err != nil {
-			b.Logf("collect at the end: %v", err)
+		for _, f := range b.leftovers() {
+			if err := f.Remove(context.Background()); err != nil {
+				b.Logf("%s %s at the end: %v", f.Kind, f.Name, err)
+			}
 		}
 		if err := s.Close(); err != nil {
 			b.Error(err)
@@ -337,8 +341,10 @@ func (f *fakeNetwork) Detach(context.Context, Pod, Attachment, *os.File) error {
 	f.detached++
 	return nil
 }
-func (f *fakeNetwork) Ready() error                       { return nil }
-func (f *fakeNetwork) GC(context.Context, []id.Pod) error { return nil }
+func (f *fakeNetwork) Ready() error { return nil }
+func (f *fakeNetwork) Leftovers(context.Context, InUse) ([]leftover.Finding, error) {
+	return []leftover.Finding{{Kind: leftover.Link, Name: "of the default network"}}, nil
+}
 
 func TestConfDirIsFollowed(t *testing.T) {
 	b := newBench(t)
@@ -423,10 +429,22 @@ func TestMissingPluginIsNotReady(t *testing.T) {
 	}
 }
 
-func TestGC(t *testing.T) {
+// leftovers looks with the given pods in use.
+func (b *bench) leftovers(live ...id.Pod) []leftover.Finding {
+	b.Helper()
+	found, err := b.s.Leftovers(context.Background(), InUse{Pod: func(p id.Pod) bool { return slices.Contains(live, p) }, IPs: func() []netip.Addr { return nil }})
+	if err != nil {
+		b.Fatal(err)
+	}
+	return slices.DeleteFunc(found, func(f leftover.Finding) bool { return f.Name == "of the default network" })
+}
+
+// TestLeftovers: an attachment of a pod that is gone is taken back by its plugins,
+// a pin without an attachment goes, and neither of a pod in use is touched.
+func TestLeftovers(t *testing.T) {
 	b := newBench(t)
 	s := b.open()
-	live, dead := testPod(), testPod()
+	live, dead, pinned := testPod(), testPod(), testPod()
 	for _, p := range []Pod{live, dead} {
 		_, ns, err := s.Attach(context.Background(), p)
 		if err != nil {
@@ -434,18 +452,59 @@ func TestGC(t *testing.T) {
 		}
 		ns.Close()
 	}
-	if err := s.GC(context.Background(), []id.Pod{live.ID}); err != nil {
+	ns, err := os.Open("/proc/self/ns/net")
+	if err != nil {
 		t.Fatal(err)
 	}
+	defer ns.Close()
+	if err := s.pins.add(pinned.ID, ns); err != nil {
+		t.Fatal(err)
+	}
+	want := map[leftover.Kind]string{leftover.Address: string(dead.ID), leftover.NetNS: s.pins.path(pinned.ID)}
+	found := b.leftovers(live.ID)
+	offline, err := Look(b.cfg.StateDir, InUse{Pod: func(p id.Pod) bool { return p == live.ID }})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, list := range [][]leftover.Finding{found, offline} {
+		if len(list) != len(want) {
+			t.Errorf("found %+v, want %v", list, want)
+		}
+		for _, f := range list {
+			if want[f.Kind] != f.Name {
+				t.Errorf("found %s %q, want %v", f.Kind, f.Name, want)
+			}
+		}
+	}
+	if err := s.Collect(context.Background()); err != nil {
+		t.Fatal(err)
+	}
+	if got := b.read("GC.in"); !strings.Contains(got, string(live.ID)) || !strings.Contains(got, string(dead.ID)) {
+		t.Errorf("GC got %s: want all attachments", got)
+	}
+	if !s.pins.holds(dead.ID) || !s.pins.holds(pinned.ID) {
+		t.Fatal("looking removed something")
+	}
+	done := s.begin(dead.ID)
+	if left := b.leftovers(live.ID); len(left) != 1 || left[0].Kind != leftover.NetNS {
+		t.Errorf("a pod that is being attached is a leftover: %+v", left)
+	}
+	done()
+	for _, f := range found {
+		if err := f.Remove(context.Background()); err != nil {
+			t.Errorf("%s %s: %v", f.Kind, f.Name, err)
+		}
+	}
 	b.clean(dead.ID)
+	b.clean(pinned.ID)
 	if !s.pins.holds(live.ID) {
 		t.Error("the live pod lost its namespace")
 	}
-	if got := b.read("GC.in"); !strings.Contains(got, string(live.ID)) || strings.Contains(got, string(dead.ID)) {
-		t.Errorf("GC got %s: want the live pod only", got)
+	if left := b.leftovers(live.ID); len(left) > 0 {
+		t.Errorf("left: %+v", left)
 	}
 	if got := b.read("args"); strings.Contains(got, "K8S_POD_NAME=;") {
-		t.Errorf("DEL of a collected pod got %q: want the names ADD got", got)
+		t.Errorf("DEL of a pod that is gone got %q: want the names ADD got", got)
 	}
 }
 

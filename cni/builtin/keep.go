@@ -2,73 +2,14 @@ package builtin
 
 import (
 	"context"
-	"errors"
-	"fmt"
 	"time"
 
 	"golang.org/x/sys/unix"
 	"k8s.io/klog/v2"
-
-	"github.com/berth-runtime/berth/internal/id"
 )
 
 // checkInterval is how soon a vanished table is noticed.
 const checkInterval = 15 * time.Second
-
-// GC implements cni.Network. live must include pods whose Attach is under way
-// elsewhere; those under way here are safe. Links nobody owns any more are
-// deleted in the background.
-func (n *Network) GC(_ context.Context, live []id.Pod) error {
-	if err := n.enter(); err != nil {
-		return err
-	}
-	defer n.calls.Done()
-	keep := make(map[id.Pod]struct{}, len(live))
-	for _, p := range live {
-		keep[p] = struct{}{}
-	}
-	var dead []id.Pod
-	n.mu.Lock()
-	for p, r := range n.pods {
-		if _, ok := keep[p]; !ok && !r.attaching {
-			dead = append(dead, p)
-		}
-	}
-	n.mu.Unlock()
-	var errs []error
-	for _, p := range dead {
-		errs = append(errs, n.detach(p))
-	}
-	n.owned.Go(n.sweep)
-	return errors.Join(errs...)
-}
-
-// sweep deletes pod links that belong to nobody: those of pods whose daemon
-// died inside Attach, or whose namespace something still holds after Detach.
-func (n *Network) sweep() {
-	err := n.threads.do(func(*thread) error {
-		links, err := podLinks(linkPrefix)
-		if err != nil {
-			return err
-		}
-		for name, l := range links {
-			if !n.reserve(name) {
-				continue
-			}
-			err := deleteLink(l)
-			n.mu.Lock()
-			delete(n.links, name)
-			n.mu.Unlock()
-			if err != nil {
-				return fmt.Errorf("delete link %s: %w", name, err)
-			}
-		}
-		return nil
-	})
-	if err != nil {
-		klog.ErrorS(err, "Network: leaked pod links remain until the next collection")
-	}
-}
 
 // reserve makes the link called name ours unless it has an owner, so that no new
 // pod gets the name while the old link is being deleted.

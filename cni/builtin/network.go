@@ -90,12 +90,12 @@ type Network struct {
 	ports   claims              // guarded by mu
 	pool    []*ready            // guarded by mu; newest last
 	closed  bool                // guarded by mu
-	calls   sync.WaitGroup      // Attach, Detach, GC under way
+	calls   sync.WaitGroup      // Attach, Detach, Leftovers under way
 	stale   []mapping           // guarded by mu; UDP ports whose flows must be forgotten
 	wake    chan struct{}       // tells fill that the pool shrank
 	flush   chan struct{}       // tells forgetFlows of stale
 	stop    context.CancelFunc
-	owned   sync.WaitGroup // fill, check and the sweep of links
+	owned   sync.WaitGroup // fill, check and forgetFlows
 }
 
 var _ cni.Network = (*Network)(nil)

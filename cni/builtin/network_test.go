@@ -371,7 +371,7 @@ func TestUDPFlowsFollowThePort(t *testing.T) {
 // links, mappings and tables left in the node.
 func (w *world) leftovers() (links []string, tables int) {
 	w.in(w.host, func() error {
-		l, err := podLinks(linkPrefix)
+		l, err := podLinks()
 		for name := range l {
 			links = append(links, name)
 		}
@@ -500,33 +500,6 @@ func TestRestart(t *testing.T) {
 	}
 	if _, _, err := n.Attach(context.Background(), cni.Pod{ID: id.NewPod()}); err == nil {
 		t.Fatal("attached more pods than the subnet has addresses")
-	}
-}
-
-func TestGC(t *testing.T) {
-	w := newWorld(t)
-	n := w.open(Config{PoolSize: -1})
-	live := w.pod(n)
-	dead := w.pod(n, cni.PortMapping{ContainerPort: 80, HostPort: 8080})
-	if err := n.GC(context.Background(), []id.Pod{live.ID}); err != nil {
-		t.Fatal(err)
-	}
-	for deadline := time.Now().Add(pace.Wait(5 * time.Second)); ; time.Sleep(10 * time.Millisecond) {
-		links, _ := w.leftovers()
-		if len(links) == 1 {
-			break
-		}
-		if time.Now().After(deadline) {
-			t.Fatalf("links %v: want the live pod's only", links)
-		}
-	}
-	w.serve(live.ns, "tcp", ":80", "live")
-	w.want(w.host, "tcp", join(live.IPs[0], 80), "live")
-	w.pod(n, dead.PortMappings...)
-	for range 2 {
-		if err := n.Detach(context.Background(), dead.Pod, cni.Attachment{}, nil); err != nil {
-			t.Errorf("detach of a collected pod: %v", err)
-		}
 	}
 }
 

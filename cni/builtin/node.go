@@ -110,22 +110,6 @@ func uplinkMTU() int {
 	return 1500
 }
 
-// podLinks lists the host ends of pod links by name.
-func podLinks(prefix string) (map[string]netlink.Link, error) {
-	links, err := netlink.LinkList()
-	if err != nil && !errors.Is(err, netlink.ErrDumpInterrupted) {
-		return nil, fmt.Errorf("list links: %w", err)
-	}
-	out := map[string]netlink.Link{}
-	for _, l := range links {
-		name := l.Attrs().Name
-		if l.Type() == "veth" && len(name) >= len(prefix)+8 && strings.HasPrefix(name, prefix) {
-			out[name] = l
-		}
-	}
-	return out, nil
-}
-
 // sources are the node's addresses towards pods of the given subnets.
 func sources(subnets []*subnet) map[bool]netip.Addr {
 	out := map[bool]netip.Addr{}

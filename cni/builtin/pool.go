@@ -10,7 +10,6 @@ import (
 	"time"
 
 	"github.com/containerd/errdefs"
-	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 	"k8s.io/klog/v2"
 )
@@ -186,13 +185,4 @@ func sleep(ctx context.Context, d time.Duration) bool {
 	case <-t.C:
 		return true
 	}
-}
-
-// deleteLink deletes l; that it is gone already is fine.
-func deleteLink(l netlink.Link) error {
-	err := netlink.LinkDel(l)
-	if errors.Is(err, unix.ENODEV) || errors.Is(err, os.ErrNotExist) {
-		return nil
-	}
-	return err
 }

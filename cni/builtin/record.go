@@ -37,12 +37,7 @@ type store struct{ dir string }
 // openStore opens the records of this boot and discards those of an earlier one.
 func openStore(dir string) (*store, error) {
 	s := &store{dir: dir}
-	boot, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
-	if err != nil {
-		return nil, fmt.Errorf("read boot id: %w", err)
-	}
-	mark := filepath.Join(dir, "boot_id")
-	if old, err := os.ReadFile(mark); err != nil || string(old) != string(boot) {
+	if !s.sameBoot() {
 		if err := os.RemoveAll(s.pods()); err != nil {
 			return nil, fmt.Errorf("discard records of an earlier boot: %w", err)
 		}
@@ -50,7 +45,11 @@ func openStore(dir string) (*store, error) {
 	if err := os.MkdirAll(s.pods(), 0o700); err != nil {
 		return nil, err
 	}
-	return s, durable.WriteFile(mark, boot, 0o600, false)
+	boot, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	if err != nil {
+		return nil, fmt.Errorf("read boot id: %w", err)
+	}
+	return s, durable.WriteFile(filepath.Join(dir, "boot_id"), boot, 0o600, false)
 }
 
 func (s *store) pods() string         { return filepath.Join(s.dir, "pods") }
@@ -74,38 +73,65 @@ func (s *store) write(r *record) error {
 	return nil
 }
 
-// load returns all records. A file that does not parse is moved aside: its
-// pod's link still guards its address.
-func (s *store) load() ([]*record, error) {
+// contents is what the store's folder holds.
+type contents struct {
+	records []*record
+	damaged []string // records that cannot be read
+	aside   []string // such as an earlier daemon moved aside
+	torn    []string // left by a crash inside WriteFile
+}
+
+// read reads the folder and changes nothing.
+func (s *store) read() (c contents, err error) {
 	entries, err := os.ReadDir(s.pods())
 	if err != nil {
-		return nil, err
+		return c, err
 	}
-	var out []*record
 	for _, e := range entries {
 		path := filepath.Join(s.pods(), e.Name())
 		name, isRecord := strings.CutSuffix(e.Name(), ".json")
-		if !isRecord || id.Valid(name) != nil {
-			if strings.HasPrefix(e.Name(), ".") { // left by a crash inside WriteFile
-				_ = os.Remove(path)
-			}
+		switch {
+		case isRecord && id.Valid(name) == nil:
+		case strings.HasPrefix(e.Name(), "."):
+			c.torn = append(c.torn, path)
+			continue
+		case strings.HasSuffix(e.Name(), ".json.bad"):
+			c.aside = append(c.aside, path)
+			continue
+		default:
 			continue
 		}
 		b, err := os.ReadFile(path)
 		if err != nil {
-			return nil, err
+			return c, err
 		}
 		r, err := parseRecord(b, id.Pod(name))
 		if err != nil {
-			klog.ErrorS(err, "Network record is unreadable and moved aside", "path", path)
-			if err := os.Rename(path, path+".bad"); err != nil {
-				return nil, err
-			}
+			klog.ErrorS(err, "Network record is unreadable", "path", path)
+			c.damaged = append(c.damaged, path)
 			continue
 		}
-		out = append(out, r)
+		c.records = append(c.records, r)
 	}
-	return out, nil
+	return c, nil
+}
+
+// load returns all records. A file that does not parse is moved aside: its
+// pod's link still guards its address.
+func (s *store) load() ([]*record, error) {
+	c, err := s.read()
+	if err != nil {
+		return nil, err
+	}
+	for _, path := range c.torn {
+		_ = os.Remove(path)
+	}
+	for _, path := range c.damaged {
+		if err := os.Rename(path, path+".bad"); err != nil {
+			return nil, err
+		}
+	}
+	return c.records, nil
 }
 
 func parseRecord(b []byte, pod id.Pod) (*record, error) {

@@ -154,6 +154,38 @@ func (b *Book) Load(f func(key string, body []byte) error) error {
 	return errors.Join(errs...)
 }
 
+// Look calls f with each record in dir, in no order, and changes nothing: with the
+// error of one that cannot be read, and with ErrAside and the file's name as the key
+// for one that Load has moved aside. A missing folder has no records.
+func Look(dir string, f func(key string, body []byte, err error)) error {
+	entries, err := os.ReadDir(dir)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("journal: %w", err)
+	}
+	b := &Book{dir: dir}
+	for _, e := range entries {
+		if strings.HasSuffix(e.Name(), ".json.bad") {
+			f(e.Name(), nil, ErrAside)
+		}
+		key, ok := strings.CutSuffix(e.Name(), ".json")
+		if !ok {
+			continue
+		}
+		body, err := b.read(key)
+		if errors.Is(err, errNever) || errors.Is(err, fs.ErrNotExist) {
+			continue // nothing was done for it, or it is gone already
+		}
+		f(key, body, err)
+	}
+	return nil
+}
+
+// ErrAside is a record that was moved aside because it could not be read.
+var ErrAside = errors.New("set aside by a daemon that could not read it")
+
 func (b *Book) read(key string) ([]byte, error) {
 	if err := id.Valid(key); err != nil {
 		return nil, err

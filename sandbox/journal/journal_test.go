@@ -3,6 +3,7 @@ package journal
 import (
 	"bytes"
 	"encoding/json"
+	"errors"
 	"os"
 	"path/filepath"
 	"strings"
@@ -207,5 +208,38 @@ func TestAFirstWriteCutShortNeverWas(t *testing.T) {
 		if left, _ := os.ReadDir(b.dir); len(left) > 0 {
 			t.Fatalf("cut after %d bytes: left %v", n, left)
 		}
+	}
+}
+
+// TestLookChangesNothing: it sees what Load sees, and what Load moved aside.
+func TestLookChangesNothing(t *testing.T) {
+	dir := t.TempDir()
+	b, err := Open(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	good, bad, aside, never := string(id.NewPod()), string(id.NewPod()), string(id.NewPod()), string(id.NewPod())
+	if err := b.Write(good, rec{"x"}); err != nil {
+		t.Fatal(err)
+	}
+	for name, text := range map[string]string{bad + ".json": "\n{version}", aside + ".json.bad": "?", never + ".json": `{"ver`} {
+		if err := os.WriteFile(filepath.Join(dir, name), []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for range 2 {
+		seen := map[string]error{}
+		if err := Look(dir, func(key string, _ []byte, err error) { seen[key] = err }); err != nil {
+			t.Fatal(err)
+		}
+		if err, ok := seen[good]; !ok || err != nil {
+			t.Errorf("the good record: %v, %v", ok, err)
+		}
+		if seen[bad] == nil || !errors.Is(seen[aside+".json.bad"], ErrAside) || len(seen) != 3 {
+			t.Errorf("seen %v", seen)
+		}
+	}
+	if err := Look(filepath.Join(dir, "missing"), nil); err != nil {
+		t.Errorf("a missing folder: %v", err)
 	}
 }
