@@ -116,40 +116,71 @@ func (d Dir) path(id digest.Digest) string {
 	return filepath.Join(string(d), strings.Replace(id.String(), ":", "-", 1)+".json")
 }
 
+// Contents is what the directory of records holds.
+type Contents struct {
+	Records []*Record
+	Damaged map[string]error // by file name
+	Aside   []string         // paths of damaged files that Load has moved
+	torn    []string         // paths of what a write left that did not finish
+}
+
+// Look reads all records and changes nothing. A missing directory holds none.
+func (d Dir) Look() (Contents, error) {
+	c := Contents{Damaged: map[string]error{}}
+	entries, err := os.ReadDir(string(d))
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return c, fmt.Errorf("image index: %w", err)
+	}
+	for _, e := range entries {
+		p := filepath.Join(string(d), e.Name())
+		switch {
+		case strings.HasPrefix(e.Name(), "."):
+			c.torn = append(c.torn, p)
+			continue
+		case e.IsDir():
+			continue
+		}
+		if r, err := d.read(p); err == nil {
+			c.Records = append(c.Records, r)
+		} else {
+			c.Damaged[e.Name()] = err
+		}
+	}
+	aside, err := os.ReadDir(d.quarantined())
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return c, fmt.Errorf("image index: %w", err)
+	}
+	for _, e := range aside {
+		c.Aside = append(c.Aside, filepath.Join(d.quarantined(), e.Name()))
+	}
+	return c, nil
+}
+
+func (d Dir) quarantined() string { return filepath.Join(string(d), "quarantine") }
+
 // Load reads all records. Damaged files are moved to <dir>/quarantine and
 // described in the second result.
 func (d Dir) Load() ([]*Record, []string, error) {
 	if err := os.MkdirAll(string(d), 0o700); err != nil {
 		return nil, nil, fmt.Errorf("image index: %w", err)
 	}
-	entries, err := os.ReadDir(string(d))
+	c, err := d.Look()
 	if err != nil {
-		return nil, nil, fmt.Errorf("image index: %w", err)
+		return nil, nil, err
 	}
-	var out []*Record
-	var damaged []string
-	for _, e := range entries {
-		p := filepath.Join(string(d), e.Name())
-		if strings.HasPrefix(e.Name(), ".") { // a write that did not finish
-			if err := os.Remove(p); err != nil {
-				return nil, nil, fmt.Errorf("image index: %w", err)
-			}
-			continue
-		}
-		if e.IsDir() {
-			continue
-		}
-		r, err := d.read(p)
-		if err == nil {
-			out = append(out, r)
-			continue
-		}
-		damaged = append(damaged, fmt.Sprintf("image record %s: %v", e.Name(), err))
-		if err := d.quarantine(p); err != nil {
+	for _, p := range c.torn {
+		if err := os.Remove(p); err != nil {
 			return nil, nil, fmt.Errorf("image index: %w", err)
 		}
 	}
-	return out, damaged, nil
+	var damaged []string
+	for name, err := range c.Damaged {
+		damaged = append(damaged, fmt.Sprintf("image record %s: %v", name, err))
+		if err := d.quarantine(filepath.Join(string(d), name)); err != nil {
+			return nil, nil, fmt.Errorf("image index: %w", err)
+		}
+	}
+	return c.Records, damaged, nil
 }
 
 func (d Dir) read(p string) (*Record, error) {
@@ -165,7 +196,7 @@ func (d Dir) read(p string) (*Record, error) {
 }
 
 func (d Dir) quarantine(p string) error {
-	q := filepath.Join(string(d), "quarantine")
+	q := d.quarantined()
 	if err := os.MkdirAll(q, 0o700); err != nil {
 		return err
 	}

@@ -48,6 +48,7 @@ type Store struct {
 
 	mu    sync.Mutex
 	have  map[digest.Digest]*entry
+	busy  map[string]bool // names in staging that somebody is working on
 	bytes int64
 	nodes int64
 }
@@ -58,10 +59,14 @@ type entry struct {
 	gone chan struct{} // not nil while being deleted; closed when done
 }
 
+func newStore(root string) *Store {
+	return &Store{root: root, have: map[digest.Digest]*entry{}, busy: map[string]bool{}}
+}
+
 // Open opens the store at root, making it when missing. It deletes what was
 // being staged and returns a text for each damaged layer that it set aside.
 func Open(root string) (*Store, []string, error) {
-	s := &Store{root: root, have: map[digest.Digest]*entry{}}
+	s := newStore(root)
 	for _, d := range []string{s.layers(), s.staging(), s.EmptyDir()} {
 		if err := os.MkdirAll(d, 0o711); err != nil {
 			return nil, nil, fmt.Errorf("layer store: %w", err)
@@ -253,7 +258,7 @@ func (s *Store) reap(walk func(func(*entry))) error {
 		e.gone = nil
 		s.mu.Unlock()
 		if err == nil {
-			err = os.RemoveAll(trash)
+			err = s.empty(trash)
 		}
 		if err != nil {
 			errs = append(errs, fmt.Errorf("layer %s: %w", e.info.DiffID, err))
@@ -263,14 +268,34 @@ func (s *Store) reap(walk func(func(*entry))) error {
 }
 
 func (s *Store) hide(p string) (string, error) {
-	trash, err := os.MkdirTemp(s.staging(), "trash-")
+	trash, err := s.workIn("trash-")
 	if err != nil {
 		return "", err
 	}
 	if err := os.Rename(p, filepath.Join(trash, "layer")); err != nil {
-		return "", errors.Join(err, os.Remove(trash))
+		return "", errors.Join(err, s.empty(trash))
 	}
 	return trash, nil
+}
+
+// workIn makes a directory in staging that counts as somebody's until empty.
+func (s *Store) workIn(prefix string) (string, error) {
+	dir, err := os.MkdirTemp(s.staging(), prefix)
+	if err == nil {
+		s.mu.Lock()
+		s.busy[filepath.Base(dir)] = true
+		s.mu.Unlock()
+	}
+	return dir, err
+}
+
+// empty deletes a directory of staging, if it is still there, and lets go of it.
+func (s *Store) empty(dir string) error {
+	err := os.RemoveAll(dir)
+	s.mu.Lock()
+	delete(s.busy, filepath.Base(dir))
+	s.mu.Unlock()
+	return err
 }
 
 func (s *Store) discard(p string) error {
@@ -278,7 +303,7 @@ func (s *Store) discard(p string) error {
 	if err != nil {
 		return fmt.Errorf("layer store: %w", err)
 	}
-	return os.RemoveAll(trash)
+	return s.empty(trash)
 }
 
 // Staged is a layer that is being unpacked or waits to become visible.
@@ -299,13 +324,13 @@ const (
 
 // Stage makes room for a new layer.
 func (s *Store) Stage() (*Staged, error) {
-	dir, err := os.MkdirTemp(s.staging(), "layer-")
+	dir, err := s.workIn("layer-")
 	if err != nil {
 		return nil, fmt.Errorf("layer store: %w", err)
 	}
 	st := &Staged{store: s, dir: dir}
 	if err := errors.Join(os.Chmod(dir, 0o711), os.Mkdir(st.FS(), 0o755), os.Chmod(st.FS(), 0o755)); err != nil {
-		return nil, errors.Join(fmt.Errorf("layer store: %w", err), os.RemoveAll(dir))
+		return nil, errors.Join(fmt.Errorf("layer store: %w", err), s.empty(dir))
 	}
 	return st, nil
 }
@@ -341,7 +366,7 @@ func (t *Staged) Discard() error {
 	if was != staged {
 		return nil
 	}
-	return os.RemoveAll(t.dir)
+	return t.store.empty(t.dir)
 }
 
 // Commit makes layers durable, then visible, each with one more Hold. Layers
@@ -387,6 +412,7 @@ func (t *Staged) commit() error {
 	t.state = committed
 	s.mu.Lock()
 	s.add(t.info).refs = 1
+	delete(s.busy, filepath.Base(t.dir))
 	s.mu.Unlock()
 	return nil
 }

@@ -24,8 +24,8 @@ const (
 	Address    Kind = "address"     // allocated to a pod that is gone
 	Port       Kind = "port"        // published for a pod that is gone
 	Layer      Kind = "layer"       // writable layer of a container that is gone
-	ImageLayer Kind = "image-layer" // layer of no image, or part of one
 	Image      Kind = "image"       // removed by name and used by nobody, or without its layers
+	ImageLayer Kind = "image-layer" // layer of no image, or part of one
 	PodFiles   Kind = "pod-files"   // /etc/hosts and the like of a pod that is gone
 	Bundle     Kind = "bundle"      // of an external runtime
 	Descriptor Kind = "descriptor"  // kept by the supervisor for a pod that is gone
@@ -36,7 +36,7 @@ const (
 )
 
 // Kinds lists all kinds.
-var Kinds = []Kind{Process, Cgroup, Mount, NetNS, Link, Address, Port, Layer, ImageLayer, Image, PodFiles, Bundle, Descriptor, Container, Log, Lost, Record}
+var Kinds = []Kind{Process, Cgroup, Mount, NetNS, Link, Address, Port, Layer, Image, ImageLayer, PodFiles, Bundle, Descriptor, Container, Log, Lost, Record}
 
 // Finding is one thing that was left.
 type Finding struct {
