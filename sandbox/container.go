@@ -109,6 +109,7 @@ func (e *Engine) stepContainerLocked(c *container, ev lifecycle.Event, change fu
 		case lifecycle.Publish:
 			c.status.Store(rec.status())
 		case lifecycle.Forget:
+			e.forgotten(string(c.id), rec.Cgroup)
 			tell(e.ctrBook.Remove(string(c.id)), "Container record is not removed", "container", c.id)
 			c.status.Store(nil)
 			e.dropContainer(c)

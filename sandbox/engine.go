@@ -20,6 +20,7 @@ import (
 	"github.com/berth-runtime/berth/internal/id"
 	"github.com/berth-runtime/berth/internal/kernel"
 	"github.com/berth-runtime/berth/sandbox/journal"
+	"github.com/berth-runtime/berth/sandbox/leftovers"
 	"github.com/berth-runtime/berth/sandbox/lifecycle"
 	"github.com/berth-runtime/berth/sandbox/spec"
 	"github.com/berth-runtime/berth/sandbox/stats"
@@ -45,6 +46,11 @@ type Config struct {
 	Host *spec.Host
 	// Observe is told of each step of each operation; it must not block. May be nil.
 	Observe func(op, step string, d time.Duration, err error)
+
+	// Reconcile is how often leftovers are looked for; 0 is a minute, negative never.
+	Reconcile time.Duration
+	// Reconciled is told of each look for leftovers; it must not block. May be nil.
+	Reconciled func(Round)
 }
 
 // Handler is an external runtime that pods may ask for.
@@ -63,10 +69,11 @@ type Engine struct {
 	empty      *os.File // the empty mount namespace
 	podBook    *journal.Book
 	ctrBook    *journal.Book
+	past       *leftovers.Past
 	ops        ops
 	ctx        context.Context // of detached work; ends with Close
 	cancel     context.CancelFunc
-	owned      sync.WaitGroup // the event loop, the usage walker, operations, killers
+	owned      sync.WaitGroup // the event loop, the usage walker, the reconciler, operations, killers
 	usage      usageTable
 	lastCreate atomic.Int64          // nanoseconds; created_at is strictly increasing
 	noUserNS   atomic.Pointer[error] // why pods get no user namespaces; nil: they do
@@ -106,6 +113,40 @@ func Open(ctx context.Context, cfg Config) (*Engine, error) {
 		return nil, err
 	}
 	e.collector = stats.NewCollector(hierarchies)
+	if e.cgroups, err = cgroupMounts(); err != nil {
+		return nil, err
+	}
+	if e.podBook, err = journal.Open(filepath.Join(recordsDir(cfg.Root), "pods")); err != nil {
+		return nil, err
+	}
+	if e.ctrBook, err = journal.Open(filepath.Join(recordsDir(cfg.Root), "containers")); err != nil {
+		return nil, err
+	}
+	if err := errors.Join(os.MkdirAll(e.podsDir(), 0o711), e.makeShards()); err != nil {
+		return nil, err
+	}
+	if e.past, err = leftovers.OpenPast(filepath.Join(cfg.State, leftovers.PastFile)); err != nil {
+		return nil, err
+	}
+	if e.empty, err = kernel.NewEmptyMountNS(); err != nil {
+		return nil, errors.Join(err, e.past.Close())
+	}
+	if err := e.recover(ctx); err != nil {
+		e.cancel()
+		return nil, errors.Join(err, e.empty.Close(), e.past.Close())
+	}
+	e.cfg.FDs.KeptBy(e.kept)
+	e.probeUserNamespaces(ctx)
+	e.owned.Go(e.events)
+	e.owned.Go(e.walkUsage)
+	if cfg.Reconcile >= 0 {
+		e.owned.Go(e.reconcile)
+	}
+	return e, nil
+}
+
+// cgroupMounts are the mount points of all cgroup hierarchies.
+func cgroupMounts() (out []string, err error) {
 	mounts, err := mountinfo.GetMounts(func(m *mountinfo.Info) (skip, stop bool) {
 		return (m.FSType != "cgroup" && m.FSType != "cgroup2") || m.Root != "/", false
 	})
@@ -113,29 +154,9 @@ func Open(ctx context.Context, cfg Config) (*Engine, error) {
 		return nil, fmt.Errorf("mount table: %w", err)
 	}
 	for _, m := range mounts {
-		e.cgroups = append(e.cgroups, m.Mountpoint)
+		out = append(out, m.Mountpoint)
 	}
-	if e.podBook, err = journal.Open(filepath.Join(cfg.Root, "sandboxes", "pods")); err != nil {
-		return nil, err
-	}
-	if e.ctrBook, err = journal.Open(filepath.Join(cfg.Root, "sandboxes", "containers")); err != nil {
-		return nil, err
-	}
-	if err := errors.Join(os.MkdirAll(e.podsDir(), 0o711), e.makeShards()); err != nil {
-		return nil, err
-	}
-	if e.empty, err = kernel.NewEmptyMountNS(); err != nil {
-		return nil, err
-	}
-	if err := e.recover(ctx); err != nil {
-		e.cancel()
-		return nil, errors.Join(err, e.empty.Close())
-	}
-	e.cfg.FDs.KeptBy(e.kept)
-	e.probeUserNamespaces(ctx)
-	e.owned.Go(e.events)
-	e.owned.Go(e.walkUsage)
-	return e, nil
+	return out, nil
 }
 
 // closeLimit is how long Close waits for running operations; what it cuts short
@@ -159,10 +180,14 @@ func (e *Engine) Close() error {
 	if len(e.view.Load().pods) == 0 {
 		e.removeCgroup(defaultCgroupParent)
 	}
-	return e.empty.Close()
+	return errors.Join(e.empty.Close(), e.past.Close())
 }
 
-func (e *Engine) podsDir() string        { return filepath.Join(e.cfg.State, "pods") }
+// recordsDir holds the records of pods and of containers, a folder each.
+func recordsDir(root string) string { return filepath.Join(root, "sandboxes") }
+
+func podsDir(state string) string        { return filepath.Join(state, "pods") }
+func (e *Engine) podsDir() string        { return podsDir(e.cfg.State) }
 func (e *Engine) podDir(p id.Pod) string { return filepath.Join(e.podsDir(), string(p)) }
 
 // created is the time of making an object: never the same twice and never

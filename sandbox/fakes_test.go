@@ -24,6 +24,7 @@ import (
 	"github.com/berth-runtime/berth/imageservice"
 	"github.com/berth-runtime/berth/internal/id"
 	"github.com/berth-runtime/berth/internal/kernel"
+	"github.com/berth-runtime/berth/internal/leftover"
 	"github.com/berth-runtime/berth/oci/supervisor/wire"
 )
 
@@ -412,15 +413,22 @@ func (l *link) Detach(ctx context.Context, p cni.Pod, a cni.Attachment, _ *os.Fi
 	})
 }
 
-func (l *link) GC(ctx context.Context, live []id.Pod) error {
-	return l.call(ctx, "gc", "", func() error {
+func (l *link) Leftovers(ctx context.Context, use cni.InUse) (out []leftover.Finding, err error) {
+	var attached []id.Pod
+	err = l.call(ctx, "leftovers", "", func() error {
 		for p := range l.w.attached {
-			if !slices.Contains(live, p) {
-				delete(l.w.attached, p)
-			}
+			attached = append(attached, p)
 		}
 		return nil
 	})
+	for _, p := range attached {
+		if !use.Pod(p) {
+			out = append(out, leftover.Finding{Kind: leftover.Address, Name: string(p), Remove: func(ctx context.Context) error {
+				return l.call(ctx, "release address", string(p), func() error { delete(l.w.attached, p); return nil })
+			}})
+		}
+	}
+	return out, err
 }
 
 func (l *link) Ready() error { return nil }

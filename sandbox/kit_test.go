@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/berth-runtime/berth/internal/id"
+	"github.com/berth-runtime/berth/internal/leftover"
 )
 
 // kit is an engine in a world.
@@ -38,7 +39,7 @@ func openKit(t testing.TB, w *world, root, state string) *kit {
 	t.Helper()
 	needRoot(t)
 	k := &kit{t: t, w: w, l: w.connect(), root: root, state: state}
-	e, err := Open(context.Background(), Config{Root: root, State: state, Images: k.l, Network: k.l, Runtime: k.l, Streams: &streams{link: k.l}, FDs: k.l})
+	e, err := Open(context.Background(), Config{Root: root, State: state, Images: k.l, Network: k.l, Runtime: k.l, Streams: &streams{link: k.l}, FDs: k.l, Reconcile: -1})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -46,8 +47,19 @@ func openKit(t testing.TB, w *world, root, state string) *kit {
 	t.Cleanup(func() {
 		k.drop()
 		_ = k.Engine.empty.Close()
+		_ = k.Engine.past.Close()
 	})
+	k.reconciled() // as the engine would do by itself, at times of its own
 	return k
+}
+
+// reconciled looks twice for leftovers and returns the second outcome.
+func (k *kit) reconciled() (r Round) {
+	var seen leftover.Sightings
+	k.cfg.Reconciled = func(got Round) { r = got }
+	k.round(&seen)
+	k.round(&seen)
+	return r
 }
 
 // drop ends the engine as a kill would: no operation is waited for. (Close would

@@ -21,7 +21,8 @@ import (
 // keeps the cost of touching a new group out of the creates.
 const shards = "0123456789abcdef"
 
-func (e *Engine) containersDir() string { return filepath.Join(e.cfg.Root, "containers") }
+func containersDir(root string) string  { return filepath.Join(root, "containers") }
+func (e *Engine) containersDir() string { return containersDir(e.cfg.Root) }
 
 // containerDir is where a container's writable layer is.
 func (e *Engine) containerDir(c id.Container) string {
@@ -62,12 +63,3 @@ func spreadFolders(dir string) error {
 }
 
 const topDirFlag = 0x00020000 // FS_TOPDIR_FL
-
-// sweepShards removes the writable layers that nobody wants, and what is no shard.
-func (e *Engine) sweepShards(wanted func(name string) bool) error {
-	errs := []error{sweepDir(e.containersDir(), func(name string) bool { return len(name) == 1 })}
-	for _, s := range shards {
-		errs = append(errs, sweepDir(filepath.Join(e.containersDir(), string(s)), wanted))
-	}
-	return errors.Join(errs...)
-}

@@ -87,6 +87,13 @@ func (e *Engine) stepPod(p *pod, ev lifecycle.Event, change func(*podRecord)) er
 	if change != nil {
 		change(&rec)
 	}
+	forget := slices.Contains(effects, lifecycle.Forget)
+	if forget && rec.OwnCgroup {
+		e.forgotten(string(p.id), rec.Cgroup)
+	}
+	if p.rec.Init != "" && (forget || rec.Init == "") {
+		e.forgotten(string(p.rec.Init), rec.containerIn(p.rec.Init))
+	}
 	for _, f := range effects {
 		switch f {
 		case lifecycle.Journal:
@@ -162,10 +169,20 @@ func (e *Engine) letGo(ctx context.Context, p *pod) error {
 	return nil
 }
 
+// heldNames are the names of all that a pod can hold.
+var heldNames = []string{"net", "ipc", "uts", "user", "shm"}
+
+// keeps says whether the pod holds what is called name.
+func (p *pod) keeps(name string) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.files[name] != nil
+}
+
 // dropHeld closes the supervisor's copies of the pod's namespaces and mounts.
 func (e *Engine) dropHeld(ctx context.Context, p *pod) error {
-	keys := make([]string, 0, 5)
-	for _, n := range []string{"net", "ipc", "uts", "user", "shm"} {
+	keys := make([]string, 0, len(heldNames))
+	for _, n := range heldNames {
 		keys = append(keys, fdKey(p.id, n))
 	}
 	return e.cfg.FDs.DropFDs(ctx, keys)

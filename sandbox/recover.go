@@ -4,10 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"os"
-	"path/filepath"
 
-	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
 	"k8s.io/klog/v2"
 
@@ -65,7 +62,7 @@ func (e *Engine) recover(ctx context.Context) error {
 		e.lastCreate.Store(max(e.lastCreate.Load(), c.created))
 		e.recoverContainer(ctx, c, known[c.id])
 	}
-	tell(e.sweep(ctx, known), "Leftovers of an earlier daemon")
+	tell(e.collectNetwork(ctx), "Network plugins could not be told of the attachments to keep")
 	e.finishRemovals()
 	return nil
 }
@@ -326,63 +323,4 @@ func (e *Engine) holdAgain(p *pod) error {
 		return nil
 	}
 	return e.cfg.FDs.PutFDs(e.ctx, keys, files)
-}
-
-// sweep removes what belongs to no record: containers and descriptors of the
-// supervisor, folders, and the network's attachments.
-func (e *Engine) sweep(ctx context.Context, known map[id.Container]*wire.Info) error {
-	var errs []error
-	wanted := map[id.Container]bool{}
-	held := map[string]bool{}
-	var live []id.Pod
-	v := e.view.Load()
-	for _, p := range v.pods {
-		rec := p.record()
-		wanted[rec.Init] = true
-		keys, _ := p.held()
-		for _, k := range keys {
-			held[k] = true
-		}
-		if p.holds() {
-			live = append(live, p.id)
-		}
-	}
-	for _, c := range v.containers {
-		wanted[c.id] = true
-	}
-	for c := range known {
-		if !wanted[c] {
-			errs = append(errs, e.cfg.Runtime.Delete(ctx, c))
-		}
-	}
-	keys, err := e.cfg.FDs.ListFDs(ctx)
-	errs = append(errs, err)
-	var drop []string
-	for _, k := range keys {
-		if !held[k] {
-			drop = append(drop, k)
-		}
-	}
-	if len(drop) > 0 {
-		errs = append(errs, e.cfg.FDs.DropFDs(ctx, drop))
-	}
-	errs = append(errs,
-		sweepDir(e.podsDir(), func(name string) bool { _, err := e.findPod(name); return err == nil }),
-		e.sweepShards(func(name string) bool { return wanted[id.Container(name)] }))
-	if err := e.cfg.Network.GC(ctx, live); err != nil && !errdefs.IsUnavailable(err) {
-		errs = append(errs, fmt.Errorf("network: %w", err))
-	}
-	return errors.Join(errs...)
-}
-
-// sweepDir removes the entries of dir that nobody wants.
-func sweepDir(dir string, wanted func(name string) bool) error {
-	entries, err := os.ReadDir(dir)
-	errs := []error{err}
-	for _, e := range entries {
-		if !wanted(e.Name()) {
-			errs = append(errs, os.RemoveAll(filepath.Join(dir, e.Name())))
-		}
-	}
-	return errors.Join(errs...)
 }

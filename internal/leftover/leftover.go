@@ -16,27 +16,29 @@ type Kind string
 
 // Kinds of leftovers.
 const (
+	Container  Kind = "container"   // known to the supervisor and to no record
 	Process    Kind = "process"     // in the cgroup of a container that is gone
 	Cgroup     Kind = "cgroup"      // of a container or pod that is gone
+	Descriptor Kind = "descriptor"  // kept by the supervisor for a pod that is gone
 	Mount      Kind = "mount"       // in the host's mount table
 	NetNS      Kind = "netns"       // a pinned network namespace
-	Link       Kind = "link"        // the host's end of a pod's link
 	Address    Kind = "address"     // allocated to a pod that is gone
 	Port       Kind = "port"        // published for a pod that is gone
+	Link       Kind = "link"        // the host's end of a pod's link
 	Layer      Kind = "layer"       // writable layer of a container that is gone
 	Image      Kind = "image"       // removed by name and used by nobody, or without its layers
 	ImageLayer Kind = "image-layer" // layer of no image, or part of one
 	PodFiles   Kind = "pod-files"   // /etc/hosts and the like of a pod that is gone
-	Bundle     Kind = "bundle"      // of an external runtime
-	Descriptor Kind = "descriptor"  // kept by the supervisor for a pod that is gone
-	Container  Kind = "container"   // known to the supervisor and to no record
+	Bundle     Kind = "bundle"      // of an external runtime, of a container that is gone
 	Log        Kind = "log"         // open in the supervisor for a container that is gone
 	Lost       Kind = "lost"        // on record as running, and its process is not there
 	Record     Kind = "record"      // set aside because it cannot be read
 )
 
-// Kinds lists all kinds.
-var Kinds = []Kind{Process, Cgroup, Mount, NetNS, Link, Address, Port, Layer, Image, ImageLayer, PodFiles, Bundle, Descriptor, Container, Log, Lost, Record}
+// Kinds lists all kinds, in the order in which leftovers are to be removed: a
+// container before what is left of it, a process before its cgroup, a mount before
+// the folder that it is in, an image before its layers.
+var Kinds = []Kind{Container, Process, Cgroup, Descriptor, Mount, NetNS, Address, Port, Link, Layer, Image, ImageLayer, PodFiles, Bundle, Log, Lost, Record}
 
 // Finding is one thing that was left.
 type Finding struct {
@@ -63,8 +65,7 @@ type key struct {
 
 func (f Finding) key() key { return key{f.Kind, f.Name} }
 
-// Sort orders findings for people: as they are to be removed (a process before its
-// cgroup, a mount before the folder below it), then by name.
+// Sort orders findings by kind, as they are to be removed, and by name.
 func Sort(all []Finding) {
 	slices.SortStableFunc(all, func(a, b Finding) int {
 		return cmp.Or(cmp.Compare(slices.Index(Kinds, a.Kind), slices.Index(Kinds, b.Kind)), cmp.Compare(a.Name, b.Name))
