@@ -103,11 +103,10 @@ func Open(ctx context.Context, cfg Config) (*Engine, error) {
 	e := &Engine{cfg: cfg, pods: map[id.Pod]*pod{}, containers: map[id.Container]*container{}}
 	e.ctx, e.cancel = context.WithCancel(context.WithoutCancel(ctx))
 	e.view.Store(&view{})
-	b, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
-	if err != nil {
-		return nil, fmt.Errorf("boot id: %w", err)
+	var err error
+	if e.bootID, err = readBootID(); err != nil {
+		return nil, err
 	}
-	e.bootID = strings.TrimSpace(string(b))
 	hierarchies, err := stats.FindHierarchies()
 	if err != nil {
 		return nil, err

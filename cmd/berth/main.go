@@ -1,5 +1,5 @@
 // Command berth is the operator's command line. It talks CRI to the daemon's
-// socket and changes nothing that CRI cannot.
+// socket and changes nothing that CRI cannot; but for fsck, which works without a daemon.
 package main
 
 import (
@@ -88,7 +88,7 @@ func command() *cobra.Command {
 	}
 	root.PersistentFlags().StringVar(&e.socket, "socket", socket, "CRI socket of the daemon (environment: BERTH_SOCKET)")
 	root.PersistentFlags().StringVarP(&e.output, "output", "o", "table", "table for people, json for scripts")
-	root.AddCommand(psCommand(e), imagesCommand(e), pullCommand(e), logsCommand(e), execCommand(e), inspectCommand(e), versionCommand(e), checkCommand(e))
+	root.AddCommand(psCommand(e), imagesCommand(e), pullCommand(e), logsCommand(e), execCommand(e), inspectCommand(e), versionCommand(e), checkCommand(e), fsckCommand(e))
 	return root
 }
 

@@ -85,6 +85,9 @@ func open(ctx context.Context, cfg *config.Config, m *metrics) (_ *parts, err er
 		Policy:   spec.Policy{TolerateMissingHugetlb: true},
 		Host:     &host,
 		Observe:  m.observeStep(),
+
+		Reconcile:  cfg.Runtime.Reconcile.Duration,
+		Reconciled: m.reconciled(),
 	})
 	if err != nil {
 		return nil, fmt.Errorf("engine: %w", err)

@@ -85,6 +85,8 @@ type Runtime struct {
 	// Supervisor is the berth-supervisor binary; "" looks beside the daemon's
 	// own binary and then in PATH.
 	Supervisor string `toml:"supervisor"`
+	// Reconcile is how often leftovers are looked for ("1m").
+	Reconcile Duration `toml:"reconcile"`
 }
 
 // Images configures the image service.
@@ -126,10 +128,14 @@ func Default() *Config {
 		RegistryConfigDir: "/etc/berth/certs.d",
 		LogLevel:          "info",
 		Network:           Network{Subnets: []string{"10.164.0.0/16", "fd62:6572:7468::/64"}, Unmasked: []string{}, Pool: 8},
+		Runtime:           Runtime{Reconcile: Duration{time.Minute}},
 		Runtimes:          map[string]External{},
 		Streaming:         Streaming{Address: "127.0.0.1:0", IdleTimeout: Duration{4 * time.Hour}},
 	}
 }
+
+// minReconcile is the shortest time between two looks for leftovers.
+const minReconcile = 100 * time.Millisecond
 
 // LogLevels are the values of log_level, the quietest first.
 var LogLevels = []string{"error", "warn", "info", "debug", "trace"}
@@ -150,6 +156,9 @@ func (c *Config) Validate() error {
 	}
 	if c.Runtime.Supervisor != "" && !filepath.IsAbs(c.Runtime.Supervisor) {
 		return wrong("runtime.supervisor", "%q is not an absolute path", c.Runtime.Supervisor)
+	}
+	if c.Runtime.Reconcile.Duration < minReconcile {
+		return wrong("runtime.reconcile", "%s; use %s or more, for example 1m", c.Runtime.Reconcile, minReconcile)
 	}
 	if !slices.Contains(LogLevels, c.LogLevel) {
 		return wrong("log_level", "%q; use one of %s", c.LogLevel, strings.Join(LogLevels, ", "))

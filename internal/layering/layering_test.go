@@ -21,7 +21,7 @@ var mayImport = map[string][]string{
 	"cmd/berthd":            {"cri", "sandbox", "imageservice", "cni", "oci/supervisor/client", "oci/external", "internal"},
 	"cmd/berth-supervisor":  {"oci", "internal"},
 	"cmd/berth-oci":         {"oci", "internal"},
-	"cmd/berth":             {"cri/streaming/client", "internal"},
+	"cmd/berth":             {"cri/streaming/client", "sandbox", "imageservice", "cni", "oci/supervisor/client", "internal"},
 	"cri":                   {"sandbox", "imageservice", "cni", "internal"},
 	"sandbox":               {"imageservice", "cni", "oci", "internal"},
 	"sandbox/model":         {"cni", "internal"},
