@@ -45,6 +45,8 @@ type fsckFinding struct {
 	Error   string `json:"error,omitempty"`
 }
 
+func (f *fsckFinding) same(g leftover.Finding) bool { return f.Kind == g.Kind && f.Name == g.Name }
+
 // fsckReport is what fsck prints.
 type fsckReport struct {
 	Findings []fsckFinding `json:"findings"`
@@ -245,12 +247,13 @@ func (r *fsckReport) repair(ctx context.Context, look looker) error {
 		if found, unseen = twice(ctx, look); unseen != nil {
 			return unseen
 		}
+		for i := range r.Findings { // what went with another leftover counts as removed
+			f := &r.Findings[i]
+			f.Removed = !slices.ContainsFunc(found, f.same)
+		}
 		for _, f := range found {
-			i := slices.IndexFunc(r.Findings, func(g fsckFinding) bool { return g.Kind == f.Kind && g.Name == f.Name })
-			if i < 0 {
+			if !slices.ContainsFunc(r.Findings, func(g fsckFinding) bool { return g.same(f) }) {
 				r.Findings = append(r.Findings, fsckFinding{Finding: f})
-			} else {
-				r.Findings[i].Removed = false
 			}
 		}
 		if len(found) == 0 {

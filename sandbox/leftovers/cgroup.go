@@ -35,7 +35,7 @@ func (l *look) cgroups() error {
 		}
 		l.processes(dirs, o.Cgroup, "whose record was removed", true)
 		l.add(leftover.Finding{Kind: leftover.Cgroup, Name: o.Cgroup, Since: o.At,
-			Detail: fmt.Sprintf("of a container or pod sandbox whose record was removed; in %s", strings.Join(dirs, ", ")),
+			Detail: fmt.Sprintf("of a container or pod sandbox whose record was removed; %s", places(dirs)),
 			Remove: func(ctx context.Context) error {
 				if l.onRecord(o.ID) {
 					return nil
@@ -44,6 +44,14 @@ func (l *look) cgroups() error {
 			}})
 	}
 	return errors.Join(l.Past.Drop(gone), l.unproved(past))
+}
+
+// places names the first directory of a cgroup and counts the others.
+func places(dirs []string) string {
+	if len(dirs) == 1 {
+		return "in " + dirs[0]
+	}
+	return fmt.Sprintf("in %s and %d other hierarchies", dirs[0], len(dirs)-1)
 }
 
 // existing are the directories of a cgroup.
@@ -79,7 +87,7 @@ func (l *look) unproved(past map[string]bool) error {
 	for name, dirs := range found {
 		cgroup := path.Join(l.Parent, name)
 		l.processes(dirs, cgroup, "of which no record is known", false)
-		l.add(leftover.Finding{Kind: leftover.Cgroup, Name: cgroup, Detail: "below Berth's own parent, and no record of it is known; in " + strings.Join(dirs, ", "),
+		l.add(leftover.Finding{Kind: leftover.Cgroup, Name: cgroup, Detail: "below Berth's own parent, and no record of it is known; " + places(dirs),
 			Remedy: "if no other Berth runs on this node, kill what is in it and remove the directories"})
 	}
 	return nil
