@@ -29,6 +29,7 @@ var mayImport = map[string][]string{
 	"sandbox/identity":      {"sandbox/model", "internal"},
 	"sandbox/stats":         {"sandbox/model", "internal"},
 	"sandbox/podfiles":      {"sandbox/model", "internal"},
+	"sandbox/leftovers":     {"oci", "internal"},
 	"sandbox/lifecycle":     {},
 	"sandbox/journal":       {"sandbox/model", "cni", "internal"},
 	"imageservice":          {"internal"},
