@@ -180,7 +180,10 @@ func plant(t *testing.T, pod string) *planted {
 	must(err)
 	_, err = fmt.Fprintf(past, "\n%d %s %s.", time.Now().Unix(), deadCtr, cgroup)
 	must(errors.Join(err, past.Close()))
-	add(leftover.Cgroup, cgroup, func() bool { _, err := os.Stat("/sys/fs/cgroup/pids" + cgroup); return err == nil || exists("/sys/fs/cgroup"+cgroup) })
+	add(leftover.Cgroup, cgroup, func() bool {
+		_, err := os.Stat("/sys/fs/cgroup/pids" + cgroup)
+		return err == nil || exists("/sys/fs/cgroup"+cgroup)
+	})
 	add(leftover.Process, strconv.Itoa(cmd.Process.Pid), func() bool {
 		select {
 		case <-ended:
@@ -306,7 +309,9 @@ func TestLeftovers(t *testing.T) {
 	if _, code, text := fsck(t); code != 3 || !strings.Contains(text, fmt.Sprintf("pid %d", node.Pid())) || !strings.Contains(text, "stop it") {
 		t.Errorf("beside a running daemon: exit code %d, %q", code, text)
 	}
-	p := runPod(t, func(c *cri.PodSandboxConfig) { c.PortMappings = []*cri.PortMapping{{ContainerPort: 7000, HostPort: 17000}} })
+	p := runPod(t, func(c *cri.PodSandboxConfig) {
+		c.PortMappings = []*cri.PortMapping{{ContainerPort: 7000, HostPort: 17000}}
+	})
 	shared := runPod(t, func(c *cri.PodSandboxConfig) { c.Linux.SecurityContext.NamespaceOptions.Pid = cri.NamespaceMode_POD })
 	c, exited := run(t, p, "listen", "tcp", ":7000"), run(t, p, "exit", "3")
 	waitLog(t, c, "listening")
