@@ -11,7 +11,6 @@ import (
 	"time"
 
 	"github.com/berth-runtime/berth/internal/id"
-	"github.com/berth-runtime/berth/internal/leftover"
 )
 
 // kit is an engine in a world.
@@ -55,7 +54,7 @@ func openKit(t testing.TB, w *world, root, state string) *kit {
 
 // reconciled looks twice for leftovers and returns the second outcome.
 func (k *kit) reconciled() (r Round) {
-	var seen leftover.Sightings
+	var seen rounds
 	k.cfg.Reconciled = func(got Round) { r = got }
 	k.round(&seen)
 	k.round(&seen)

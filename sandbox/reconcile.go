@@ -30,7 +30,16 @@ const (
 	reconcileSettle = 2 * time.Second
 	// removeLimit bounds the removal of one leftover: a CNI plugin's DEL has 100 s.
 	removeLimit = 2 * time.Minute
+	// logsEach is how many looks there are to one at the logs that the supervisor has open.
+	logsEach = 10
 )
+
+// rounds is what looks for leftovers remember from one to the next.
+type rounds struct {
+	leftover.Sightings
+	n    int
+	logs bool // the last look saw an open log: the next one looks again
+}
 
 // Round is the outcome of one look for leftovers.
 type Round struct {
@@ -49,7 +58,7 @@ func (e *Engine) reconcile() {
 	if period == 0 {
 		period = reconcilePeriod
 	}
-	seen := leftover.Sightings{Settle: min(reconcileSettle, period)}
+	seen := rounds{Sightings: leftover.Sightings{Settle: min(reconcileSettle, period)}}
 	for again := false; ; {
 		fresh := e.round(&seen)
 		wait := period
@@ -67,17 +76,19 @@ func (e *Engine) reconcile() {
 }
 
 // round looks once, and removes what was found by an earlier look too.
-func (e *Engine) round(seen *leftover.Sightings) (fresh bool) {
+func (e *Engine) round(seen *rounds) (fresh bool) {
 	defer func() {
 		if p := recover(); p != nil {
 			klog.ErrorS(nil, "Look for leftovers panicked", "panic", fmt.Sprint(p), "stack", stack())
 		}
 	}()
 	began := time.Now()
-	found, err := e.leftovers(e.ctx)
+	found, err := e.leftovers(e.ctx, seen.n%logsEach == 0 || seen.logs)
 	if e.ctx.Err() != nil {
 		return false
 	}
+	seen.n++
+	seen.logs = slices.ContainsFunc(found, func(f leftover.Finding) bool { return f.Kind == leftover.Log })
 	leftover.Sort(found)
 	count, first, n := seen.Seen(found, began)
 	r := Round{Found: map[leftover.Kind]int{}, Removed: map[leftover.Kind]int{}, Failed: map[leftover.Kind]int{}, Err: err}
@@ -114,11 +125,13 @@ func (e *Engine) round(seen *leftover.Sightings) (fresh bool) {
 }
 
 // leftovers asks everybody.
-func (e *Engine) leftovers(ctx context.Context) ([]leftover.Finding, error) {
-	found, err := leftovers.Look(ctx, places(e.cfg.Root, e.cfg.State, e.cgroups, e.past, struct {
+func (e *Engine) leftovers(ctx context.Context, logs bool) ([]leftover.Finding, error) {
+	at := places(e.cfg.Root, e.cfg.State, e.cgroups, e.past, struct {
 		Runtime
 		RuntimeFDs
-	}{e.cfg.Runtime, e.cfg.FDs}), e.records())
+	}{e.cfg.Runtime, e.cfg.FDs})
+	at.SkipLogs = !logs
+	found, err := leftovers.Look(ctx, at, e.records())
 	errs := []error{err}
 	more, err := e.cfg.Network.Leftovers(ctx, cni.InUse{Pod: e.usesNetwork, IPs: e.addresses})
 	if err != nil {

@@ -88,7 +88,7 @@ func TestReconcile(t *testing.T) {
 	if found := k.offline(); !slices.Equal(found, want) { // what the unreadable pod may have is left alone
 		t.Errorf("offline found\n%q, want\n%q", found, want)
 	}
-	var seen leftover.Sightings
+	var seen rounds
 	var r Round
 	k.cfg.Reconciled = func(got Round) { r = got }
 	if fresh := k.round(&seen); !fresh || len(r.Found)+len(r.Removed) > 0 || k.w.containers[ctr] == nil || k.status(live).State != ContainerRunning {
@@ -132,7 +132,7 @@ func TestReconcileFails(t *testing.T) {
 	k.w.attached[pod] = true
 	k.w.mu.Unlock()
 	k.w.failing("delete", 2)
-	var seen leftover.Sightings
+	var seen rounds
 	var r Round
 	k.cfg.Reconciled = func(got Round) { r = got }
 	k.round(&seen)

@@ -76,6 +76,9 @@ type Places struct {
 	// Supervisor is nil when none runs.
 	Supervisor    Supervisor
 	SupervisorPid int
+	// SkipLogs leaves out the descriptors of the supervisor, a dozen for each container:
+	// a look at them costs more than all others.
+	SkipLogs bool
 }
 
 // look is one look at all places.
@@ -321,7 +324,7 @@ func (l *look) bundles() error {
 
 // logs looks for log files that the supervisor has open and that are no container's.
 func (l *look) logs() error {
-	if l.SupervisorPid <= 0 {
+	if l.SupervisorPid <= 0 || l.SkipLogs {
 		return nil
 	}
 	dir := "/proc/" + strconv.Itoa(l.SupervisorPid) + "/fd"

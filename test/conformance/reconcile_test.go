@@ -85,7 +85,6 @@ func fsck(t *testing.T, args ...string) (found []string, code int, stderr string
 type planted struct {
 	want  []string
 	there []func() bool // each of it is still there
-	files []string
 }
 
 // plant leaves on the node, whose daemon is down, what crashes and bugs could.
