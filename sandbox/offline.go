@@ -136,6 +136,7 @@ func (r *offline) records() leftovers.Records {
 			}
 			return out
 		},
+		Ended: func(c id.Container) bool { return r.containers[c].State == lifecycle.Exited },
 		Keeps: func(key string) bool {
 			owner, name, _ := strings.Cut(key, "/")
 			return pod(id.Pod(owner)) || !slices.Contains(heldNames, name)

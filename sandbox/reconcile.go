@@ -12,6 +12,7 @@ import (
 	"strings"
 	"time"
 
+	"golang.org/x/sys/unix"
 	"k8s.io/klog/v2"
 
 	"github.com/berth-runtime/berth/cni"
@@ -199,6 +200,15 @@ func (e *Engine) records() leftovers.Records {
 				out[c.id] = true
 			}
 			return out
+		},
+		Ended: func(c id.Container) bool {
+			e.mu.Lock()
+			k := e.containers[c]
+			e.mu.Unlock()
+			return k != nil && k.record().State == lifecycle.Exited
+		},
+		Silence: func(ctx context.Context, c id.Container) error {
+			return ended(e.cfg.Runtime.Signal(ctx, wire.Signal{ID: c, Signal: int(unix.SIGKILL), All: true}))
 		},
 		Keeps: func(key string) bool {
 			owner, name, _ := strings.Cut(key, "/")

@@ -92,10 +92,11 @@ Exit codes: 0 nothing is left over, 1 something is, 2 it could not be looked eve
 func (e *env) fsck(ctx context.Context, cfg *config.Config, repair bool) error {
 	unlock, err := lockNode(cfg, repair)
 	if err != nil {
-		fmt.Fprintln(e.errOut, "berth:", err)
 		if held := (*dirlock.HeldError)(nil); errors.As(err, &held) {
+			fmt.Fprintf(e.errOut, "berth: berthd runs on %s (pid %s) and looks for leftovers itself: see its log and its metrics berth_leftovers_*, or stop it first (containers go on)\n", held.Dir, held.Holder)
 			return fsckRunning
 		}
+		fmt.Fprintln(e.errOut, "berth:", err)
 		return fsckCannot
 	}
 	defer unlock()
@@ -163,9 +164,6 @@ func lockNode(cfg *config.Config, repair bool) (unlock func(), err error) {
 			take = dirlock.Take
 		}
 		f, err := take(dir)
-		if held := (*dirlock.HeldError)(nil); errors.As(err, &held) {
-			err = fmt.Errorf("berthd runs (pid %s, on %s) and looks for leftovers itself: see its log and the metrics berth_leftovers_*; stop it first, containers go on: %w", held.Holder, held.Dir, err)
-		}
 		if err != nil {
 			unlock()
 			return nil, err

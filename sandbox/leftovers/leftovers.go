@@ -34,6 +34,10 @@ type Records struct {
 	// Container and Containers know the first processes of pods too.
 	Container  func(id.Container) bool
 	Containers func() map[id.Container]bool
+	// Ended reports whether a container is on record as ended. Silence kills what of it
+	// runs all the same; nil leaves that to the next daemon.
+	Ended   func(id.Container) bool
+	Silence func(ctx context.Context, c id.Container) error
 	// Keeps reports whether a pod wants a descriptor kept, by the key it is kept under.
 	Keeps func(key string) bool
 	// Running lists the containers that should be running.
@@ -133,6 +137,9 @@ func (l *look) supervised(ctx context.Context) error {
 		c := list[i].ID
 		known[c] = &list[i]
 		if recorded[c] {
+			if list[i].State == wire.Running && l.rec.Ended(c) {
+				l.add(l.undead(list[i]))
+			}
 			continue
 		}
 		l.add(leftover.Finding{Kind: leftover.Container, Name: string(c), Since: list[i].StartedAt,
@@ -176,6 +183,21 @@ func (l *look) supervised(ctx context.Context) error {
 			}})
 	}
 	return nil
+}
+
+// undead is a container that runs although it counts as ended.
+func (l *look) undead(i wire.Info) leftover.Finding {
+	f := leftover.Finding{Kind: leftover.Process, Name: strconv.Itoa(i.Pid), Since: i.StartedAt,
+		Detail: fmt.Sprintf("running in the supervisor as container %s, which is on record as ended", i.ID), Remedy: "start berthd: it kills the process"}
+	if l.rec.Silence != nil {
+		f.Remedy, f.Remove = "", func(ctx context.Context) error {
+			if !l.rec.Ended(i.ID) {
+				return nil
+			}
+			return l.rec.Silence(ctx, i.ID)
+		}
+	}
+	return f
 }
 
 // mounts looks for mounts of the host in the folders of pods and containers: Berth

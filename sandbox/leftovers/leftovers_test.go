@@ -31,6 +31,8 @@ type place struct {
 	kept       map[string]bool
 	running    []Running
 	logFiles   []string
+	ended      map[id.Container]bool
+	silence    func(context.Context, id.Container) error
 }
 
 func newPlace(t *testing.T) *place {
@@ -124,6 +126,8 @@ func (p *place) records() Records {
 		Pod:        func(q id.Pod) bool { return p.pods[q] },
 		Container:  func(c id.Container) bool { return p.containers[c] },
 		Containers: func() map[id.Container]bool { return p.containers },
+		Ended:      func(c id.Container) bool { return p.ended[c] },
+		Silence:    p.silence,
 		Keeps:      func(key string) bool { return p.kept[key] },
 		Running:    func() []Running { return p.running },
 		Logs:       func() []string { return p.logFiles },
@@ -326,9 +330,9 @@ func (s *fakeSupervisor) DropFDs(_ context.Context, keys []string) error {
 func TestSupervisor(t *testing.T) {
 	p := newPlace(t)
 	pod, gone := id.NewPod(), id.NewPod()
-	live, dead, lost, ended := id.NewContainer(), id.NewContainer(), id.NewContainer(), id.NewContainer()
+	live, dead, lost, ended, undead := id.NewContainer(), id.NewContainer(), id.NewContainer(), id.NewContainer(), id.NewContainer()
 	s := &fakeSupervisor{
-		list: []wire.Info{{ID: live, State: wire.Running}, {ID: dead, State: wire.Created}, {ID: ended, State: wire.Exited}},
+		list: []wire.Info{{ID: live, State: wire.Running}, {ID: dead, State: wire.Created}, {ID: ended, State: wire.Exited}, {ID: undead, State: wire.Running, Pid: 77}},
 		keys: []string{string(pod) + "/net", string(gone) + "/net", "somebody's"},
 	}
 	p.Supervisor = s
@@ -338,7 +342,8 @@ func TestSupervisor(t *testing.T) {
 		p.running = append(p.running, Running{ID: c})
 	}
 	descriptor, container := "descriptor "+string(gone)+"/net!", "container "+string(dead)+"!"
-	p.want(descriptor, container, "lost "+string(lost)) // offline: the next daemon reads the end
+	p.containers[undead], p.ended = true, map[id.Container]bool{undead: true}
+	p.want(descriptor, container, "lost "+string(lost), "process 77") // offline: the next daemon reads the end
 	settled := map[id.Container]bool{}
 	for i := range p.running {
 		p.running[i].Settle = func(_ context.Context, known *wire.Info) error {
@@ -346,13 +351,18 @@ func TestSupervisor(t *testing.T) {
 			return nil
 		}
 	}
-	found := p.want(descriptor, container, "lost "+string(lost)+"!", "lost "+string(ended)+"!")
+	var silenced []id.Container
+	p.silence = func(_ context.Context, c id.Container) error { silenced = append(silenced, c); return nil }
+	found := p.want(descriptor, container, "lost "+string(lost)+"!", "lost "+string(ended)+"!", "process 77!")
 	if len(s.deleted)+len(s.dropped) > 0 {
 		t.Fatal("looking removed something")
 	}
 	p.remove(found)
 	if !slices.Equal(s.deleted, []id.Container{dead}) || !slices.Equal(s.dropped, []string{string(gone) + "/net"}) {
 		t.Errorf("deleted %v, dropped %v", s.deleted, s.dropped)
+	}
+	if !slices.Equal(silenced, []id.Container{undead}) {
+		t.Errorf("silenced %v", silenced)
 	}
 	if known, ok := settled[lost]; !ok || known || !settled[ended] || len(settled) != 2 {
 		t.Errorf("settled %v", settled)

@@ -305,7 +305,7 @@ func TestLeftovers(t *testing.T) {
 	configured(t, func(old string) string {
 		return fmt.Sprintf("metrics_address = %q\n%s\n[runtime]\nreconcile = \"300ms\"\n", metrics, old)
 	})
-	if _, code, text := fsck(t); code != 3 || !strings.Contains(text, fmt.Sprintf("pid %d", node.Pid())) || !strings.Contains(text, "stop it") {
+	if _, code, text := fsck(t); code != 3 || !strings.Contains(text, fmt.Sprintf("pid %d", node.Pid())) || !strings.Contains(text, "or stop it first") {
 		t.Errorf("beside a running daemon: exit code %d, %q", code, text)
 	}
 	p := runPod(t, func(c *cri.PodSandboxConfig) {
