@@ -67,6 +67,8 @@ type Network interface {
 	Detach(ctx context.Context, p Pod, a Attachment, netns *os.File) error
 	// Ready returns nil when pods can be attached, else the reason and remedy.
 	Ready() error
-	// GC releases everything that belongs to none of the given pods.
-	GC(ctx context.Context, live []id.Pod) error
+	// GC releases everything that belongs to none of the pods that live returns. It
+	// may run beside Attach and Detach: live is asked after the network has looked at
+	// what it holds, and names every pod whose Attach has begun.
+	GC(ctx context.Context, live func() []id.Pod) error
 }

@@ -55,6 +55,9 @@ type Selector struct {
 	state atomic.Pointer[selection]
 	stop  context.CancelFunc
 	owned sync.WaitGroup
+	// adding is held shared from before an attachment is in the journal until its
+	// ADD has ended, and alone by the GC verb.
+	adding sync.RWMutex
 
 	mu   sync.Mutex
 	busy map[id.Pod]struct{} // guarded by mu: ADD or DEL under way
@@ -96,12 +99,29 @@ func Open(ctx context.Context, cfg Config) (*Selector, error) {
 	}
 	run, stop := context.WithCancel(context.WithoutCancel(ctx))
 	s.stop = stop
-	s.reload(run)
-	changed := make(chan struct{}, 1)
+	// A plugin that hangs must not keep the node from answering: Ready says it.
+	first := &selection{}
+	if first.list, first.file, first.err = loadConf(cfg.ConfDir); first.list != nil {
+		first.err = fmt.Errorf("cni network %s: plugins have not told their status yet: %w", first.list.Name, errdefs.ErrUnavailable)
+	}
+	s.state.Store(first)
+	changed, told := make(chan struct{}, 1), make(chan struct{})
 	s.owned.Go(func() { watchDir(run, cfg.ConfDir, time.Second, changed) })
-	s.owned.Go(func() { s.follow(run, changed) })
+	s.owned.Go(func() {
+		s.reload(run)
+		close(told)
+		s.follow(run, changed)
+	})
+	select {
+	case <-told:
+	case <-time.After(firstStatus):
+	case <-ctx.Done():
+	}
 	return s, nil
 }
+
+// firstStatus is how long Open waits for the plugins' status.
+const firstStatus = 400 * time.Millisecond
 
 // Close ends the watch. Attached pods keep their network; Default stays open.
 func (s *Selector) Close() error {
@@ -223,6 +243,8 @@ func (s *Selector) attach(ctx context.Context, p Pod, list *libcni.NetworkConfig
 	if err != nil {
 		return none, nil, err
 	}
+	s.adding.RLock()
+	defer s.adding.RUnlock()
 	j := journal{Version: 1, Pod: p, Config: config}
 	state, err := s.writeJournal(p.ID, j) // before anything exists that DEL must remove
 	if err != nil {
@@ -391,18 +413,18 @@ func (s *Selector) runDel(ctx context.Context, pod id.Pod, state []byte, netns *
 
 // GC implements Network: it detaches pods that are not live, and gives the
 // plugins (from CNI 1.1 on) the list of attachments to keep.
-func (s *Selector) GC(ctx context.Context, live []id.Pod) error {
+func (s *Selector) GC(ctx context.Context, live func() []id.Pod) error {
 	var errs []error
 	if s.cfg.Default != nil {
 		errs = append(errs, s.cfg.Default.GC(ctx, live))
 	}
-	keep := make(map[id.Pod]struct{}, len(live))
-	for _, p := range live {
-		keep[p] = struct{}{}
-	}
 	pods, err := s.journalled()
 	if err != nil {
 		return errors.Join(append(errs, err)...)
+	}
+	keep := map[id.Pod]struct{}{}
+	for _, p := range live() {
+		keep[p] = struct{}{}
 	}
 	for _, pod := range pods {
 		if _, ok := keep[pod]; ok || s.isBusy(pod) {
@@ -416,8 +438,17 @@ func (s *Selector) GC(ctx context.Context, live []id.Pod) error {
 	return errors.Join(errs...)
 }
 
-// collect runs the GC verb; everything in the journal is still attached.
+// gcTimeout bounds the GC verb, which no ADD may run beside.
+const gcTimeout = 10 * time.Second
+
+// collect runs the GC verb; everything in the journal is still attached. While an
+// ADD is under way it does nothing: what that makes is not on the list yet, and the
+// plugins would free it again.
 func (s *Selector) collect(ctx context.Context, list *libcni.NetworkConfigList) error {
+	if !s.adding.TryLock() {
+		return nil
+	}
+	defer s.adding.Unlock()
 	pods, err := s.journalled()
 	if err != nil {
 		return err
@@ -426,7 +457,7 @@ func (s *Selector) collect(ctx context.Context, list *libcni.NetworkConfigList) 
 	for _, pod := range pods {
 		valid = append(valid, types.GCAttachment{ContainerID: string(pod), IfName: ifName})
 	}
-	ctx, cancel := context.WithTimeoutCause(ctx, s.cfg.Timeout, fmt.Errorf("no answer within %v", s.cfg.Timeout))
+	ctx, cancel := context.WithTimeoutCause(ctx, gcTimeout, fmt.Errorf("no answer within %v", gcTimeout))
 	defer cancel()
 	if err := s.cni.GCNetworkList(ctx, list, &libcni.GCArgs{ValidAttachments: valid}); err != nil {
 		return fmt.Errorf("collect network %s: %w", list.Name, err)

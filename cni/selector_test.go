@@ -100,7 +100,7 @@ func (b *bench) open() *Selector {
 	}
 	b.s = s
 	b.Cleanup(func() {
-		if err := s.GC(context.Background(), nil); err != nil {
+		if err := s.GC(context.Background(), func() []id.Pod { return nil }); err != nil {
 			b.Logf("collect at the end: %v", err)
 		}
 		if err := s.Close(); err != nil {
@@ -337,8 +337,8 @@ func (f *fakeNetwork) Detach(context.Context, Pod, Attachment, *os.File) error {
 	f.detached++
 	return nil
 }
-func (f *fakeNetwork) Ready() error                       { return nil }
-func (f *fakeNetwork) GC(context.Context, []id.Pod) error { return nil }
+func (f *fakeNetwork) Ready() error                              { return nil }
+func (f *fakeNetwork) GC(context.Context, func() []id.Pod) error { return nil }
 
 func TestConfDirIsFollowed(t *testing.T) {
 	b := newBench(t)
@@ -434,7 +434,7 @@ func TestGC(t *testing.T) {
 		}
 		ns.Close()
 	}
-	if err := s.GC(context.Background(), []id.Pod{live.ID}); err != nil {
+	if err := s.GC(context.Background(), func() []id.Pod { return []id.Pod{live.ID} }); err != nil {
 		t.Fatal(err)
 	}
 	b.clean(dead.ID)

@@ -52,10 +52,14 @@ func (e *Engine) startContainer(ctx context.Context, c *container) error {
 	if s := c.pod.record().State; s != lifecycle.Ready {
 		err = fmt.Errorf("pod sandbox %s: was stopped meanwhile: %w", id.Short(c.pod.id), errdefs.ErrFailedPrecondition)
 	} else {
-		reply, err = e.launch(ctx, rec)
-		if errors.Is(err, wire.ErrBroken) || errdefs.IsNotFound(err) {
-			reply, err = e.launchAgain(ctx, c, err)
-		}
+		// A panic must not leave the container starting for ever.
+		err = attempt(ctx, "start", func(ctx context.Context) (err error) {
+			reply, err = e.launch(ctx, rec)
+			if errors.Is(err, wire.ErrBroken) || errdefs.IsNotFound(err) {
+				reply, err = e.launchAgain(ctx, c, err)
+			}
+			return err
+		})
 	}
 	if e.cfg.Observe != nil {
 		e.cfg.Observe("start container", "start", time.Since(began), err)
@@ -176,10 +180,7 @@ func (e *Engine) events() {
 }
 
 func (e *Engine) applyExit(x wire.Exit) {
-	e.mu.Lock()
-	c := e.containers[x.ID]
-	e.mu.Unlock()
-	if c != nil {
+	if c := e.containers.get(x.ID); c != nil {
 		e.exit(c, x)
 		return
 	}

@@ -70,11 +70,21 @@ type Engine struct {
 	usage      usageTable
 	lastCreate atomic.Int64          // nanoseconds; created_at is strictly increasing
 	noUserNS   atomic.Pointer[error] // why pods get no user namespaces; nil: they do
+	pods       index[id.Pod, pod]
+	containers index[id.Container, container]
 
-	mu         sync.Mutex
-	pods       map[id.Pod]*pod             // guarded by mu
-	containers map[id.Container]*container // guarded by mu
-	view       atomic.Pointer[view]        // replaced under mu, read freely
+	mu   sync.Mutex           // of the writers of the indexes and view
+	view atomic.Pointer[view] // replaced under mu, read freely
+}
+
+// index finds objects by id, without a lock.
+type index[K ~string, T any] struct{ m sync.Map }
+
+func (x *index[K, T]) get(k K) *T {
+	if v, ok := x.m.Load(k); ok {
+		return v.(*T)
+	}
+	return nil
 }
 
 // view is an immutable copy of the indexes for readers, newest first.
@@ -83,8 +93,9 @@ type view struct {
 	containers []*container
 }
 
-// Open loads the records, compares them with the supervisor and the kernel,
-// takes up or takes down what was left half-done, and returns a running engine.
+// Open loads the records, compares them with the supervisor and the kernel, and
+// returns a running engine that knows what is true. What was left half-done is
+// taken up or taken down behind it.
 func Open(ctx context.Context, cfg Config) (*Engine, error) {
 	if cfg.Host == nil {
 		h, err := spec.ProbeHost()
@@ -93,7 +104,7 @@ func Open(ctx context.Context, cfg Config) (*Engine, error) {
 		}
 		cfg.Host = &h
 	}
-	e := &Engine{cfg: cfg, pods: map[id.Pod]*pod{}, containers: map[id.Container]*container{}}
+	e := &Engine{cfg: cfg}
 	e.ctx, e.cancel = context.WithCancel(context.WithoutCancel(ctx))
 	e.view.Store(&view{})
 	b, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
@@ -132,7 +143,7 @@ func Open(ctx context.Context, cfg Config) (*Engine, error) {
 		return nil, errors.Join(err, e.empty.Close())
 	}
 	e.cfg.FDs.KeptBy(e.kept)
-	e.probeUserNamespaces(ctx)
+	e.firstProbe()
 	e.owned.Go(e.events)
 	e.owned.Go(e.walkUsage)
 	return e, nil
@@ -180,7 +191,7 @@ func (e *Engine) created() time.Time {
 func (e *Engine) insertPod(p *pod) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	e.pods[p.id] = p
+	e.pods.m.Store(p.id, p)
 	v := e.view.Load()
 	e.view.Store(&view{pods: inserted(v.pods, p, p.created, func(q *pod) int64 { return q.created }), containers: v.containers})
 }
@@ -188,7 +199,7 @@ func (e *Engine) insertPod(p *pod) {
 func (e *Engine) insertContainer(c *container) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	e.containers[c.id] = c
+	e.containers.m.Store(c.id, c)
 	v := e.view.Load()
 	e.view.Store(&view{pods: v.pods, containers: inserted(v.containers, c, c.created, func(d *container) int64 { return d.created })})
 }
@@ -196,7 +207,7 @@ func (e *Engine) insertContainer(c *container) {
 func (e *Engine) dropPod(p *pod) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	delete(e.pods, p.id)
+	e.pods.m.Delete(p.id)
 	v := e.view.Load()
 	e.view.Store(&view{pods: without(v.pods, p), containers: v.containers})
 }
@@ -204,7 +215,7 @@ func (e *Engine) dropPod(p *pod) {
 func (e *Engine) dropContainer(c *container) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	delete(e.containers, c.id)
+	e.containers.m.Delete(c.id)
 	v := e.view.Load()
 	e.view.Store(&view{pods: v.pods, containers: without(v.containers, c)})
 }
@@ -223,10 +234,7 @@ func without[T any](all []*T, x *T) []*T {
 
 // findPod finds a pod by id or unique prefix.
 func (e *Engine) findPod(ref string) (*pod, error) {
-	e.mu.Lock()
-	p, ok := e.pods[id.Pod(ref)]
-	e.mu.Unlock()
-	if ok {
+	if p := e.pods.get(id.Pod(ref)); p != nil {
 		return p, nil
 	}
 	return byPrefix(e.view.Load().pods, "pod sandbox", ref, func(p *pod) string { return string(p.id) })
@@ -234,10 +242,7 @@ func (e *Engine) findPod(ref string) (*pod, error) {
 
 // findContainer finds a container by id or unique prefix.
 func (e *Engine) findContainer(ref string) (*container, error) {
-	e.mu.Lock()
-	c, ok := e.containers[id.Container(ref)]
-	e.mu.Unlock()
-	if ok {
+	if c := e.containers.get(id.Container(ref)); c != nil {
 		return c, nil
 	}
 	return byPrefix(e.view.Load().containers, "container", ref, func(c *container) string { return string(c.id) })

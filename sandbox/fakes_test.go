@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"net/netip"
 	"os"
 	"os/exec"
@@ -412,10 +413,14 @@ func (l *link) Detach(ctx context.Context, p cni.Pod, a cni.Attachment, _ *os.Fi
 	})
 }
 
-func (l *link) GC(ctx context.Context, live []id.Pod) error {
+func (l *link) GC(ctx context.Context, live func() []id.Pod) error {
 	return l.call(ctx, "gc", "", func() error {
-		for p := range l.w.attached {
-			if !slices.Contains(live, p) {
+		held := slices.Collect(maps.Keys(l.w.attached))
+		l.w.mu.Unlock()
+		pods := live()
+		l.w.mu.Lock()
+		for _, p := range held {
+			if !slices.Contains(pods, p) {
 				delete(l.w.attached, p)
 			}
 		}

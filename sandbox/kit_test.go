@@ -160,6 +160,11 @@ func (k *kit) leftovers() (out []string) {
 
 func (k *kit) empty() {
 	k.t.Helper()
+	for end := time.Now().Add(10 * time.Second); time.Now().Before(end); time.Sleep(time.Millisecond) {
+		if k.w.holds() == holdsNothing && len(k.leftovers()) == 0 {
+			break
+		}
+	}
 	if h := k.w.holds(); h != holdsNothing {
 		k.t.Errorf("left behind: %s", h)
 	}

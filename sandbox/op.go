@@ -100,15 +100,16 @@ type step struct {
 	partial bool
 }
 
-// attempt is do with a panic made an error, so that it is undone like one.
-func (s *step) attempt(ctx context.Context) (err error) {
+// attempt calls a step's do or undo with a panic made an error, so that the rest
+// is undone all the same.
+func attempt(ctx context.Context, name string, f func(context.Context) error) (err error) {
 	defer func() {
 		if p := recover(); p != nil {
-			klog.ErrorS(nil, "Step panicked", "step", s.name, "panic", fmt.Sprint(p), "stack", stack())
-			err = fmt.Errorf("%s: panicked, see the daemon's log: %w", s.name, errdefs.ErrInternal)
+			klog.ErrorS(nil, "Step panicked", "step", name, "panic", fmt.Sprint(p), "stack", stack())
+			err = fmt.Errorf("%s: panicked, see the daemon's log: %w", name, errdefs.ErrInternal)
 		}
 	}()
-	return s.do(ctx)
+	return f(ctx)
 }
 
 // run does the steps in order. When one fails, it undoes those before it, newest
@@ -117,7 +118,7 @@ func (s *step) attempt(ctx context.Context) (err error) {
 func (e *Engine) run(ctx context.Context, name string, steps []step) (undone error, err error) {
 	for i, s := range steps {
 		began := time.Now()
-		err := s.attempt(ctx)
+		err := attempt(ctx, s.name, s.do)
 		d := time.Since(began)
 		if e.cfg.Observe != nil {
 			e.cfg.Observe(name, s.name, d, err)
@@ -131,7 +132,7 @@ func (e *Engine) run(ctx context.Context, name string, steps []step) (undone err
 		var errs []error
 		for j := i; j >= 0; j-- {
 			if u := steps[j].undo; u != nil && (j < i || steps[j].partial) {
-				if uerr := u(back); uerr != nil {
+				if uerr := attempt(back, steps[j].name, u); uerr != nil {
 					errs = append(errs, fmt.Errorf("undo of %s: %w", steps[j].name, uerr))
 				}
 			}
@@ -145,6 +146,12 @@ func (e *Engine) run(ctx context.Context, name string, steps []step) (undone err
 type slot chan struct{}
 
 func newSlot() slot { return make(slot, 1) }
+
+// seize takes a slot that nobody else can know of yet.
+func (s slot) seize() (release func()) {
+	s <- struct{}{}
+	return func() { <-s }
+}
 
 // take waits for the slot; call the returned function to give it back.
 func (s slot) take(ctx context.Context) (func(), error) {

@@ -60,11 +60,12 @@ func (e *Engine) stopPod(ctx context.Context, p *pod) error {
 	})
 }
 
-// holds says whether the pod still has something to free.
+// holds says whether the pod has something to free, or may have: one that is
+// being made has it before the record says so.
 func (p *pod) holds() bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	return len(p.files) > 0 || p.rec.Init != "" || p.rec.Attachment.Network != ""
+	return p.rec.State == lifecycle.Creating || len(p.files) > 0 || p.rec.Init != "" || p.rec.Attachment.Network != ""
 }
 
 // anyRuns says whether a container of the pod runs.

@@ -15,28 +15,26 @@ import (
 // checkInterval is how soon a vanished table is noticed.
 const checkInterval = 15 * time.Second
 
-// GC implements cni.Network. live must include pods whose Attach is under way
-// elsewhere; those under way here are safe. Links nobody owns any more are
-// deleted in the background.
-func (n *Network) GC(_ context.Context, live []id.Pod) error {
+// GC implements cni.Network. Links nobody owns any more are deleted in the
+// background.
+func (n *Network) GC(_ context.Context, live func() []id.Pod) error {
 	if err := n.enter(); err != nil {
 		return err
 	}
 	defer n.calls.Done()
-	keep := make(map[id.Pod]struct{}, len(live))
-	for _, p := range live {
-		keep[p] = struct{}{}
-	}
-	var dead []id.Pod
+	held := map[id.Pod]struct{}{}
 	n.mu.Lock()
 	for p, r := range n.pods {
-		if _, ok := keep[p]; !ok && !r.attaching {
-			dead = append(dead, p)
+		if !r.attaching {
+			held[p] = struct{}{}
 		}
 	}
 	n.mu.Unlock()
+	for _, p := range live() {
+		delete(held, p)
+	}
 	var errs []error
-	for _, p := range dead {
+	for p := range held {
 		errs = append(errs, n.detach(p))
 	}
 	n.owned.Go(n.sweep)

@@ -508,7 +508,7 @@ func TestGC(t *testing.T) {
 	n := w.open(Config{PoolSize: -1})
 	live := w.pod(n)
 	dead := w.pod(n, cni.PortMapping{ContainerPort: 80, HostPort: 8080})
-	if err := n.GC(context.Background(), []id.Pod{live.ID}); err != nil {
+	if err := n.GC(context.Background(), func() []id.Pod { return []id.Pod{live.ID} }); err != nil {
 		t.Fatal(err)
 	}
 	for deadline := time.Now().Add(pace.Wait(5 * time.Second)); ; time.Sleep(10 * time.Millisecond) {
