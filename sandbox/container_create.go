@@ -214,7 +214,7 @@ func (b *containerBuild) describe() error {
 	}
 	for _, h := range e.cfg.Handlers {
 		if h.Name == pc.Handler { // what its runtime cannot do would be left out without a word
-			in.Host.RecursiveReadonly = in.Host.RecursiveReadonly && h.RecursiveReadonly
+			in.Host.RecursiveReadonly = in.Host.RecursiveReadonly && h.RecursiveReadonly.Load()
 		}
 	}
 	dir := e.podDir(b.p.id)

@@ -50,8 +50,9 @@ type Config struct {
 // Handler is an external runtime that pods may ask for.
 type Handler struct {
 	Name string
-	// RecursiveReadonly: it can make mounts recursively read-only.
-	RecursiveReadonly bool
+	// RecursiveReadonly: it can make mounts recursively read-only. It may become
+	// true when the runtime has told.
+	RecursiveReadonly *atomic.Bool
 }
 
 // Engine runs pods and containers. Its exported methods may be called concurrently.
