@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -31,6 +32,8 @@ type ending struct {
 	mu       sync.Mutex
 	deadline time.Time     // guarded by mu; zero until somebody asks
 	sooner   chan struct{} // guarded by mu; closed when the deadline moves
+
+	looking atomic.Bool // somebody looks at what its processes wait for
 }
 
 // ask moves the deadline to at most now+grace; first says that nobody asked before.
@@ -57,7 +60,10 @@ func (g *ending) when() (time.Time, <-chan struct{}) {
 
 // StopContainer sends the stop signal, and SIGKILL to all of its processes after
 // grace. It returns when the end is visible in the status. When ctx ends first
-// the container is stopped all the same. Missing and exited containers are success.
+// the container is stopped all the same. Processes that do not end on SIGKILL (in
+// uninterruptible sleep, say) are an error of kind Unavailable soon after grace,
+// which says what they wait for; the killing goes on, and a later call succeeds
+// once they are gone. Missing and exited containers are success.
 func (e *Engine) StopContainer(ctx context.Context, ref string, grace time.Duration) error {
 	c, err := e.findContainer(ref)
 	if errdefs.IsNotFound(err) {
@@ -79,13 +85,28 @@ func (e *Engine) stop(ctx context.Context, c *container, grace time.Duration) er
 	if c.ending.ask(grace) {
 		e.owned.Go(func() { e.end(c) })
 	}
-	select {
-	case <-c.exited:
-		return nil
-	case <-ctx.Done():
-		return fmt.Errorf("container %s: is still being stopped: %w", id.Short(c.id), ctx.Err())
-	case <-e.ctx.Done():
-		return fmt.Errorf("container %s: is still being stopped: %w: %w", id.Short(c.id), errClosed, errdefs.ErrUnavailable)
+	began := time.Now()
+	for {
+		at, sooner := c.ending.when()
+		if at.Before(began) { // killed by an earlier call: it may be ending now
+			at = began
+		}
+		t := time.NewTimer(time.Until(at.Add(patience)))
+		select {
+		case <-c.exited:
+			t.Stop()
+			return nil
+		case <-ctx.Done():
+			t.Stop()
+			return fmt.Errorf("container %s: is still being stopped: %w", id.Short(c.id), ctx.Err())
+		case <-e.ctx.Done():
+			t.Stop()
+			return fmt.Errorf("container %s: is still being stopped: %w: %w", id.Short(c.id), errClosed, errdefs.ErrUnavailable)
+		case <-sooner:
+			t.Stop()
+		case <-t.C:
+			return e.stuck(c)
+		}
 	}
 }
 

@@ -201,16 +201,6 @@ func (e *Engine) removeCgroup(dir string) {
 	}
 }
 
-// deleteContainer deletes a container in the supervisor, and what is left of its
-// cgroup where the one that made it is gone.
-func (e *Engine) deleteContainer(ctx context.Context, c id.Container, cgroup string) error {
-	if err := e.cfg.Runtime.Delete(ctx, c); err != nil {
-		return err
-	}
-	e.clearCgroup(cgroup)
-	return nil
-}
-
 // clearLimit is how long clearCgroup waits for killed processes to go.
 const clearLimit = 2 * time.Second
 
