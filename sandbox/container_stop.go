@@ -18,9 +18,13 @@ import (
 	"github.com/berth-runtime/berth/sandbox/spec"
 )
 
-// killAgain is how long a killed container may take to end before it is killed
-// again: processes forked during the first time are caught by the next.
-const killAgain = time.Second
+// A killed container that has not ended after killAgain is killed again: processes
+// forked during the first time are caught by the next. The pause doubles up to
+// killRarely, since what sleeps uninterruptibly ends no sooner for it.
+const (
+	killAgain  = time.Second
+	killRarely = 8 * time.Second
+)
 
 // signalLimit bounds one signal: a supervisor that hangs must not keep a
 // container from being killed when its grace is over.
@@ -134,12 +138,12 @@ func (e *Engine) end(c *container) {
 		}
 		tell(ended(e.signal(c, wire.Signal{ID: c.id, Signal: int(sig)})), "Stop signal", "container", c.id)
 	}
-	for {
+	for pause := killAgain; ; {
 		at, sooner := c.ending.when()
 		wait := time.Until(at)
 		if wait <= 0 {
 			tell(ended(e.signal(c, wire.Signal{ID: c.id, Signal: int(unix.SIGKILL), All: true})), "Kill", "container", c.id)
-			wait = killAgain
+			wait, pause = pause, min(2*pause, killRarely)
 		}
 		t := time.NewTimer(wait)
 		select {

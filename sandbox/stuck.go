@@ -159,10 +159,12 @@ func (e *Engine) processesIn(dir string) (pids []int, frozen string) {
 	return pids, frozen
 }
 
+// isFrozen leaves out v1's FREEZING: a kill freezes for a moment, so that no fork
+// escapes it, and what sleeps uninterruptibly cannot be frozen.
 func isFrozen(at string) bool {
 	v1, _ := os.ReadFile(filepath.Join(at, "freezer.state"))
 	v2, _ := os.ReadFile(filepath.Join(at, "cgroup.events"))
-	return strings.HasPrefix(string(v1), "FR") /* FROZEN, FREEZING */ || strings.Contains(string(v2), "frozen 1")
+	return strings.HasPrefix(string(v1), "FROZEN") || strings.Contains(string(v2), "frozen 1")
 }
 
 // deleteContainer has the supervisor kill and remove a container, and removes what
