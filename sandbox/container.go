@@ -69,12 +69,12 @@ func (r *containerRecord) status() *ContainerStatus {
 		ExitCode: r.ExitCode, Reason: r.Reason, Message: r.Message, ImageID: r.ImageID, ImageRef: r.ImageID, ImageName: r.ImageName,
 		LogPath: r.LogPath, Resources: r.Resources, Identity: r.Identity, StopSignal: r.StopSignal, CgroupDir: r.Cgroup,
 	}
-	switch r.State {
-	case lifecycle.Creating, lifecycle.Created, lifecycle.Starting:
+	switch lifecycle.ShowContainer(r.State) {
+	case lifecycle.Nothing, lifecycle.CtrCreated:
 		s.State = ContainerCreated
-	case lifecycle.Running:
+	case lifecycle.CtrRunning:
 		s.State, s.Pid = ContainerRunning, r.Pid
-	default:
+	case lifecycle.CtrExited:
 		s.State = ContainerExited
 	}
 	return s

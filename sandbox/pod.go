@@ -58,7 +58,7 @@ func (r *podRecord) containerIn(c id.Container) string { return path.Join(r.Cgro
 
 func (r *podRecord) status() *PodStatus {
 	s := &PodStatus{ID: r.ID, Config: r.Config, CreatedAt: r.CreatedAt, Reason: r.Reason, CgroupDir: r.Cgroup, State: PodNotReady}
-	if r.State == lifecycle.Ready {
+	if lifecycle.ShowPod(r.State) == lifecycle.PodReady {
 		s.State = PodReady
 	}
 	for _, ip := range r.Attachment.IPs {
