@@ -63,7 +63,7 @@ func (e *Engine) createContainer(ctx context.Context, p *pod, cfg *ContainerConf
 		return "", fmt.Errorf("pod sandbox %s: is not ready; run a new one: %w", id.Short(p.id), errdefs.ErrFailedPrecondition)
 	}
 	at := e.created()
-	c := &container{id: id.NewContainer(), pod: p, created: at.UnixNano(), slot: newSlot(), exited: make(chan struct{})}
+	c := &container{id: id.NewContainer(), pod: p, created: at.UnixNano(), slot: newSlot(containerSlot), exited: make(chan struct{})}
 	b := &containerBuild{e: e, p: p, c: c, pod: prec, config: cfg}
 	if err := b.check(); err != nil {
 		return "", err

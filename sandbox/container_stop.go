@@ -5,7 +5,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"sync"
 	"sync/atomic"
 	"time"
 
@@ -13,6 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/berth-runtime/berth/internal/id"
+	"github.com/berth-runtime/berth/internal/ranked"
 	"github.com/berth-runtime/berth/oci/supervisor/wire"
 	"github.com/berth-runtime/berth/sandbox/lifecycle"
 	"github.com/berth-runtime/berth/sandbox/spec"
@@ -33,7 +33,7 @@ const signalLimit = 5 * time.Second
 // ending is how a container is being stopped: by all callers together, the
 // shortest grace wins, and the stop signal is sent once.
 type ending struct {
-	mu       sync.Mutex
+	mu       ranked.Mutex[leafLock]
 	deadline time.Time     // guarded by mu; zero until somebody asks
 	sooner   chan struct{} // guarded by mu; closed when the deadline moves
 

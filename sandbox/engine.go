@@ -19,6 +19,7 @@ import (
 
 	"github.com/berth-runtime/berth/internal/id"
 	"github.com/berth-runtime/berth/internal/kernel"
+	"github.com/berth-runtime/berth/internal/ranked"
 	"github.com/berth-runtime/berth/sandbox/journal"
 	"github.com/berth-runtime/berth/sandbox/lifecycle"
 	"github.com/berth-runtime/berth/sandbox/spec"
@@ -74,8 +75,8 @@ type Engine struct {
 	pods       index[id.Pod, pod]
 	containers index[id.Container, container]
 
-	mu   sync.Mutex           // of the writers of the indexes and view
-	view atomic.Pointer[view] // replaced under mu, read freely
+	mu   ranked.Mutex[engineLock] // of the writers of the indexes and view
+	view atomic.Pointer[view]     // replaced under mu, read freely
 }
 
 // index finds objects by id, without a lock.

@@ -25,6 +25,7 @@ import (
 	"github.com/berth-runtime/berth/imageservice"
 	"github.com/berth-runtime/berth/internal/id"
 	"github.com/berth-runtime/berth/internal/kernel"
+	"github.com/berth-runtime/berth/internal/ranked"
 	"github.com/berth-runtime/berth/oci/supervisor/wire"
 )
 
@@ -136,6 +137,7 @@ func (w *world) connect() *link {
 }
 
 func (l *link) call(ctx context.Context, op, key string, effect func() error) error {
+	ranked.Waits(objectRank, op)
 	for i, o := range []string{op, op + "!"} {
 		if l.dead.Load() {
 			runtime.Goexit()

@@ -11,7 +11,10 @@ import (
 	"time"
 
 	"github.com/berth-runtime/berth/internal/id"
+	"github.com/berth-runtime/berth/internal/ranked"
 )
+
+func init() { ranked.Check() }
 
 // kit is an engine in a world.
 type kit struct {

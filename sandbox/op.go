@@ -4,11 +4,12 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"sync"
 	"time"
 
 	"github.com/containerd/errdefs"
 	"k8s.io/klog/v2"
+
+	"github.com/berth-runtime/berth/internal/ranked"
 )
 
 // opLimit bounds an operation as a whole; network plugins have their own,
@@ -20,7 +21,7 @@ const opLimit = 4 * time.Minute
 // identity afterwards, so a late retry gets the same answer for as long as the
 // object is there; a failed operation is run again.
 type ops struct {
-	mu      sync.Mutex
+	mu      ranked.Mutex[leafLock]
 	running map[string]*op // guarded by mu
 	closed  bool           // guarded by mu
 }
@@ -143,22 +144,28 @@ func (e *Engine) run(ctx context.Context, name string, steps []step) (undone err
 }
 
 // slot lets one operation at a time change an object.
-type slot chan struct{}
+type slot struct {
+	ch   chan struct{}
+	rank ranked.Rank
+}
 
-func newSlot() slot { return make(slot, 1) }
+func newSlot(r ranked.Rank) slot { return slot{make(chan struct{}, 1), r} }
 
-// seize takes a slot that nobody else can know of yet.
+// seize takes a slot that nobody else can know of yet, for a goroutine that is
+// about to begin.
 func (s slot) seize() (release func()) {
-	s <- struct{}{}
-	return func() { <-s }
+	s.ch <- struct{}{}
+	return func() { <-s.ch }
 }
 
 // take waits for the slot; call the returned function to give it back.
 func (s slot) take(ctx context.Context) (func(), error) {
+	ranked.Enter(s.rank)
 	select {
-	case s <- struct{}{}:
-		return func() { <-s }, nil
+	case s.ch <- struct{}{}:
+		return func() { <-s.ch; ranked.Leave(s.rank) }, nil
 	case <-ctx.Done():
+		ranked.Leave(s.rank)
 		return nil, fmt.Errorf("another operation on it still runs: %w", ctx.Err())
 	}
 }

@@ -11,7 +11,6 @@ import (
 	"slices"
 	"strconv"
 	"strings"
-	"sync"
 	"sync/atomic"
 	"time"
 
@@ -21,6 +20,7 @@ import (
 
 	"github.com/berth-runtime/berth/cni"
 	"github.com/berth-runtime/berth/internal/id"
+	"github.com/berth-runtime/berth/internal/ranked"
 	"github.com/berth-runtime/berth/sandbox/lifecycle"
 )
 
@@ -34,7 +34,7 @@ type pod struct {
 	slot    slot
 	status  atomic.Pointer[PodStatus] // nil until it is listed
 
-	mu    sync.Mutex
+	mu    ranked.Mutex[objectLock]
 	rec   podRecord           // guarded by mu
 	files map[string]*os.File // guarded by mu; namespaces and mounts by name: net, ipc, uts, user, shm
 }

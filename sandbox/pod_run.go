@@ -129,7 +129,7 @@ func (e *Engine) checkHandler(name string) error {
 
 func (e *Engine) runPod(ctx context.Context, c *PodConfig) (id.Pod, error) {
 	at := e.created()
-	p := &pod{id: id.NewPod(), created: at.UnixNano(), slot: newSlot()}
+	p := &pod{id: id.NewPod(), created: at.UnixNano(), slot: newSlot(podSlot)}
 	p.rec = podRecord{ID: p.id, BootID: e.bootID, Config: c, CreatedAt: at, Cgroup: path.Clean("/" + c.CgroupParent)}
 	if c.CgroupParent == "" {
 		p.rec.Cgroup, p.rec.OwnCgroup = path.Join(defaultCgroupParent, string(p.id)), true

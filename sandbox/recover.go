@@ -63,7 +63,7 @@ func (e *Engine) load() {
 	tell(e.podBook.Load(func(_ string, body []byte) error {
 		r, err := decodePod(body)
 		if err == nil {
-			e.insertPod(&pod{id: r.ID, created: r.CreatedAt.UnixNano(), slot: newSlot(), rec: r})
+			e.insertPod(&pod{id: r.ID, created: r.CreatedAt.UnixNano(), slot: newSlot(podSlot), rec: r})
 		}
 		return err
 	}), "Pod records that cannot be read")
@@ -80,7 +80,7 @@ func (e *Engine) load() {
 			})
 			return nil
 		}
-		e.insertContainer(&container{id: r.ID, pod: p, created: r.CreatedAt.UnixNano(), slot: newSlot(), exited: make(chan struct{}), rec: r})
+		e.insertContainer(&container{id: r.ID, pod: p, created: r.CreatedAt.UnixNano(), slot: newSlot(containerSlot), exited: make(chan struct{}), rec: r})
 		return nil
 	}), "Container records that cannot be read")
 }
