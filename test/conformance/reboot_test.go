@@ -236,6 +236,11 @@ func TestReboot(t *testing.T) {
 				t.Errorf("left behind: %s (%v)", left, err)
 			}
 		}
+		for _, h := range hierarchies(t) {
+			if _, err := os.Stat(filepath.Join(h, "berth", q.id)); !os.IsNotExist(err) {
+				t.Errorf("left behind: cgroup %s/berth/%s (%v)", h, q.id, err)
+			}
+		}
 	}
 }
 
