@@ -17,14 +17,19 @@ func TestReadsNeverWait(t *testing.T) {
 	hold := func(lock interface {
 		Lock()
 		Unlock()
-	}) { done := make(chan struct{}); held := make(chan struct{});
-	// A goroutine each: the order does not matter to who holds only one.
-	go func() {
-		lock.Lock()
-		close(held)
-		<-done
-		lock.Unlock()
-	}(); <-held; release = append(release, func() { close(done) }) }
+	}) {
+		done := make(chan struct{})
+		held := make(chan struct{})
+		// A goroutine each: the order does not matter to who holds only one.
+		go func() {
+			lock.Lock()
+			close(held)
+			<-done
+			lock.Unlock()
+		}()
+		<-held
+		release = append(release, func() { close(done) })
+	}
 	v := k.view.Load()
 	for _, q := range v.pods {
 		hold(&q.mu)
