@@ -28,8 +28,10 @@ func refusal(f func()) (text string) {
 func TestOrder(t *testing.T) {
 	var a, other Mutex[outer]
 	var b Mutex[inner]
+	n := 0
 	b.Lock() // off: no order
 	a.Lock()
+	n++
 	a.Unlock()
 	b.Unlock()
 	Check()
@@ -52,11 +54,15 @@ func TestOrder(t *testing.T) {
 			t.Errorf("the wrong order: %q", s)
 		}
 		var wg sync.WaitGroup
-		wg.Go(func() { a.Lock(); a.Unlock() }) //nolint:staticcheck // another goroutine holds nothing
+		wg.Go(func() { // another goroutine holds nothing
+			a.Lock()
+			n++
+			a.Unlock()
+		})
 		wg.Wait()
 		b.Unlock()
 	}
-	if len(held) != 0 {
-		t.Errorf("still held: %v", held)
+	if len(held) != 0 || n != 3 {
+		t.Errorf("still held: %v; %d times inside", held, n)
 	}
 }
