@@ -60,6 +60,11 @@ func (e *Engine) startContainer(ctx context.Context, c *container) error {
 			}
 			return err
 		})
+		if errdefs.IsFailedPrecondition(err) {
+			if before, ok := e.startedBefore(ctx, c.id); ok {
+				reply, err = before, nil
+			}
+		}
 	}
 	if e.cfg.Observe != nil {
 		e.cfg.Observe("start container", "start", time.Since(began), err)
@@ -126,6 +131,9 @@ func (e *Engine) launchAgain(ctx context.Context, c *container, why error) (wire
 
 // exit records the end of a container's first process.
 func (e *Engine) exit(c *container, x wire.Exit) {
+	if c.record().State == lifecycle.Created { // an earlier daemon had it started, and nobody got the answer
+		tell(e.stepContainer(c, lifecycle.Start, nil), "Container", "container", c.id)
+	}
 	err := e.stepContainer(c, lifecycle.Exit, func(r *containerRecord) {
 		r.FinishedAt, r.ExitCode, r.Pid = x.FinishedAt, int32(x.Code), 0
 		if r.StartedAt.IsZero() {

@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"slices"
 	"sync"
+	"time"
 
 	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
@@ -49,13 +50,48 @@ func (e *Engine) recover(ctx context.Context) error {
 		e.lastCreate.Store(max(e.lastCreate.Load(), p.created))
 		e.recoverPod(p, known)
 	}
+	starting := false
 	for _, c := range v.containers {
 		e.lastCreate.Store(max(e.lastCreate.Load(), c.created))
+		starting = starting || c.record().State == lifecycle.Starting
 		e.recoverContainer(c, known[c.id])
+	}
+	if starting {
+		e.owned.Go(e.lookAgain)
 	}
 	e.owned.Go(func() { tell(e.sweep(e.ctx, known), "Leftovers of an earlier daemon") })
 	e.finishRemovals()
 	return nil
+}
+
+// startWait is how long a start takes at most, but for hooks and a disk that
+// hangs, once the supervisor has read the request.
+const startWait = 2 * time.Second
+
+// lookAgain compares once more when a start was under way: the supervisor may have
+// been about to do what it was asked by the daemon that died.
+func (e *Engine) lookAgain() {
+	select {
+	case <-e.ctx.Done():
+	case <-time.After(startWait):
+		tell(e.resync(e.ctx), "Containers could not be compared with the supervisor's")
+	}
+}
+
+// startedBefore tells what became of the start of a container that the supervisor
+// refuses to start because it was asked already, by a daemon that died before the
+// answer came.
+func (e *Engine) startedBefore(ctx context.Context, c id.Container) (wire.StartReply, bool) {
+	for end := time.Now().Add(startWait); time.Now().Before(end) && ctx.Err() == nil; time.Sleep(5 * time.Millisecond) {
+		known, err := e.supervised(ctx)
+		if err != nil || known[c] == nil {
+			break
+		}
+		if k := known[c]; k.State != wire.Created { // running, or the record of its exit comes or has come
+			return wire.StartReply{Pid: k.Pid, StartedAt: k.StartedAt}, true
+		}
+	}
+	return wire.StartReply{}, false
 }
 
 // load reads the journal into the indexes.
@@ -347,6 +383,9 @@ func (e *Engine) compare(c *container, known *wire.Info) {
 		e.exit(c, *known.Exit)
 	case known.State == wire.Running && rec.State == lifecycle.Starting:
 		tell(e.stepContainer(c, lifecycle.Started, func(r *containerRecord) { r.StartedAt, r.Pid = known.StartedAt, known.Pid }), "Container", "container", c.id)
+	case known.State == wire.Running && rec.State == lifecycle.Created: // see lookAgain
+		tell(errors.Join(e.stepContainer(c, lifecycle.Start, nil),
+			e.stepContainer(c, lifecycle.Started, func(r *containerRecord) { r.StartedAt, r.Pid = known.StartedAt, known.Pid })), "Container", "container", c.id)
 	case known.State == wire.Created && rec.State == lifecycle.Starting:
 		tell(e.stepContainer(c, lifecycle.Made, nil), "Container", "container", c.id)
 	case known.State == wire.Created && rec.State == lifecycle.Running:

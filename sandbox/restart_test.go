@@ -13,6 +13,7 @@ import (
 	"github.com/containerd/errdefs"
 
 	"github.com/berth-runtime/berth/internal/id"
+	"github.com/berth-runtime/berth/oci/supervisor/wire"
 	"github.com/berth-runtime/berth/sandbox/lifecycle"
 )
 
@@ -153,6 +154,46 @@ func TestRetryWaitsForTheHalfMadePod(t *testing.T) {
 				}
 				ok(t, k2.RemovePod(context.Background(), string(a.p)))
 			}
+			k2.empty()
+		})
+	}
+}
+
+// TestStartUnderWay: the daemon dies while the supervisor is about to run a
+// program. The next one finds it created, and then it runs: the retry of the start
+// succeeds, and without one the truth comes out all the same.
+func TestStartUnderWay(t *testing.T) {
+	for _, tc := range []struct{ retried, ended bool }{{true, false}, {true, true}, {false, false}, {false, true}} {
+		t.Run(fmt.Sprintf("%+v", tc), func(t *testing.T) {
+			k := newKit(t)
+			p := k.pod("a")
+			c := k.ctr(p, "c")
+			k.drop()
+			k.rewindContainer(c, lifecycle.Starting)
+			k2 := openKit(t, k.w, k.root, k.state)
+			if s := k2.status(c); s.State != ContainerCreated {
+				t.Errorf("%+v", s)
+			}
+			k.w.mu.Lock()
+			f := k.w.containers[c]
+			f.info.State, f.info.Pid, f.info.StartedAt = wire.Running, 4242, time.Now()
+			if tc.ended {
+				k.w.end(f, wire.Exit{Code: 5})
+			}
+			k.w.mu.Unlock()
+			if tc.retried {
+				if err := k2.StartContainer(context.Background(), string(c)); err != nil && !(tc.ended && errdefs.IsFailedPrecondition(err)) {
+					t.Error(err)
+				}
+			}
+			if tc.ended {
+				if s := k2.untilState(c, ContainerExited); s.ExitCode != 5 || s.Reason != reasonError {
+					t.Errorf("%+v", s)
+				}
+			} else if s := k2.untilState(c, ContainerRunning); s.Pid != 4242 {
+				t.Errorf("%+v", s)
+			}
+			ok(t, k2.RemovePod(context.Background(), string(p)))
 			k2.empty()
 		})
 	}
