@@ -127,13 +127,35 @@ func (e *Engine) finishRemovals() {
 	for _, c := range v.containers {
 		if c.record().State == lifecycle.Removing {
 			e.owned.Go(func() {
-				tell(e.RemoveContainer(e.ctx, string(c.id)), "Removal of a container is not finished", "container", c.id)
+				e.insist("Removal of a container", func() error { return e.RemoveContainer(e.ctx, string(c.id)) })
 			})
 		}
 	}
 	for _, p := range v.pods {
 		if p.record().State == lifecycle.Removing {
-			e.owned.Go(func() { tell(e.RemovePod(e.ctx, string(p.id)), "Removal of a pod is not finished", "pod", p.id) })
+			e.owned.Go(func() { e.insist("Removal of a pod", func() error { return e.RemovePod(e.ctx, string(p.id)) }) })
+		}
+	}
+}
+
+const (
+	insistFirst = time.Second // between two tries of what nobody else tries again
+	insistLast  = time.Minute
+)
+
+// insist does what no caller asks for any more until it succeeds, or the engine is
+// closed: the next daemon goes on then.
+func (e *Engine) insist(what string, f func() error) {
+	for pause := insistFirst; ; pause = min(2*pause, insistLast) {
+		err := f()
+		if err == nil || e.ctx.Err() != nil {
+			return
+		}
+		klog.ErrorS(err, what+" is not finished; it is tried again", "after", pause)
+		select {
+		case <-e.ctx.Done():
+			return
+		case <-time.After(pause):
 		}
 	}
 }
@@ -348,7 +370,13 @@ func (e *Engine) unmakeContainer(ctx context.Context, c *container) error {
 			return err
 		}
 		close(c.exited)
-		return errors.Join(err, e.stepContainer(c, lifecycle.Remove, nil)) // tried again, as any removal
+		if serr := e.stepContainer(c, lifecycle.Remove, nil); serr != nil {
+			return errors.Join(err, serr)
+		}
+		e.owned.Go(func() {
+			e.insist("Removal of a half-made container", func() error { return e.RemoveContainer(e.ctx, string(c.id)) })
+		})
+		return err
 	}
 	return e.stepContainer(c, lifecycle.Failed, nil)
 }
@@ -442,7 +470,7 @@ func (e *Engine) hasCgroup(dir string) bool {
 // Operations go on meanwhile, so the list proves something only about what was
 // there before it was asked for and has not moved since.
 func (e *Engine) resync(ctx context.Context) error {
-	e.probeUserNamespaces(ctx) // of the new one
+	e.owned.Go(func() { e.probeUserNamespaces(e.ctx) }) // of the new one
 	v := e.view.Load()
 	was := map[id.Container]lifecycle.State{}
 	for _, c := range v.containers {

@@ -198,3 +198,22 @@ func TestStartUnderWay(t *testing.T) {
 		})
 	}
 }
+
+// TestRemovalsAreFinished: a removal that the last daemon began, and the undo of a
+// half-made container, go on until they succeed, although nobody asks.
+func TestRemovalsAreFinished(t *testing.T) {
+	k := newKit(t)
+	p := k.pod("a")
+	going, half := k.ctr(p, "going"), k.ctr(p, "half")
+	k.drop()
+	k.rewindContainer(going, lifecycle.Removing)
+	k.rewindContainer(half, lifecycle.Creating)
+	left := k.w.failing("delete", 3)
+	k2 := openKit(t, k.w, k.root, k.state)
+	until(t, "both are gone", func() bool { return len(k2.view.Load().containers) == 0 })
+	if left.Load() > 0 {
+		t.Errorf("%d deletions were not made to fail", left.Load())
+	}
+	ok(t, k2.RemovePod(context.Background(), string(p)))
+	k2.empty()
+}

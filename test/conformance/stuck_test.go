@@ -190,6 +190,7 @@ func TestStuckInADeadFileSystem(t *testing.T) {
 	revive()
 	waitExit(t, c)
 	stop(t, c, 0)
+	neighbours("after")
 	if _, err := node.Runtime.StopPodSandbox(ctx(t), &cri.StopPodSandboxRequest{PodSandboxId: p.id}); err != nil {
 		t.Errorf("stop of the pod after the volume came back: %v", err)
 	}
