@@ -105,9 +105,22 @@ func (e *Engine) launch(ctx context.Context, rec containerRecord) (wire.StartRep
 	return e.cfg.Runtime.Start(ctx, wire.Start{ID: rec.ID, LogPath: rec.LogPath})
 }
 
+// launches is how many supervisors in a row may die at the start of one container.
+const launches = 4
+
 // launchAgain starts a container whose supervisor died before it was started, or
 // before it could tell. The container's slot is taken.
-func (e *Engine) launchAgain(ctx context.Context, c *container, why error) (wire.StartReply, error) {
+func (e *Engine) launchAgain(ctx context.Context, c *container, why error) (reply wire.StartReply, err error) {
+	for range launches {
+		if reply, err = e.launchOnceMore(ctx, c, why); !errors.Is(err, wire.ErrBroken) {
+			break
+		}
+		why = err
+	}
+	return reply, err
+}
+
+func (e *Engine) launchOnceMore(ctx context.Context, c *container, why error) (wire.StartReply, error) {
 	all, err := e.supervised(ctx)
 	if err != nil {
 		return wire.StartReply{}, errors.Join(why, err)
@@ -124,6 +137,9 @@ func (e *Engine) launchAgain(ctx context.Context, c *container, why error) (wire
 	case !errors.Is(why, wire.ErrBroken):
 		return wire.StartReply{}, why
 	case known.State != wire.Created: // only the connection was lost
+		if known.Exit != nil { // its notification, too
+			e.exit(c, *known.Exit)
+		}
 		return wire.StartReply{Pid: known.Pid, StartedAt: known.StartedAt}, nil
 	}
 	return e.launch(ctx, rec)
