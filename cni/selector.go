@@ -55,6 +55,9 @@ type Selector struct {
 	state atomic.Pointer[selection]
 	stop  context.CancelFunc
 	owned sync.WaitGroup
+	// adding is held shared from before an attachment is in the journal until its
+	// ADD has ended, and alone by the GC verb.
+	adding sync.RWMutex
 
 	mu   sync.Mutex
 	busy map[id.Pod]struct{} // guarded by mu: ADD or DEL under way
@@ -96,12 +99,29 @@ func Open(ctx context.Context, cfg Config) (*Selector, error) {
 	}
 	run, stop := context.WithCancel(context.WithoutCancel(ctx))
 	s.stop = stop
-	s.reload(run)
-	changed := make(chan struct{}, 1)
+	// A plugin that hangs must not keep the node from answering: Ready says it.
+	first := &selection{}
+	if first.list, first.file, first.err = loadConf(cfg.ConfDir); first.list != nil {
+		first.err = fmt.Errorf("cni network %s: plugins have not told their status yet: %w", first.list.Name, errdefs.ErrUnavailable)
+	}
+	s.state.Store(first)
+	changed, told := make(chan struct{}, 1), make(chan struct{})
 	s.owned.Go(func() { watchDir(run, cfg.ConfDir, time.Second, changed) })
-	s.owned.Go(func() { s.follow(run, changed) })
+	s.owned.Go(func() {
+		s.reload(run)
+		close(told)
+		s.follow(run, changed)
+	})
+	select {
+	case <-told:
+	case <-time.After(firstStatus):
+	case <-ctx.Done():
+	}
 	return s, nil
 }
+
+// firstStatus is how long Open waits for the plugins' status.
+const firstStatus = 400 * time.Millisecond
 
 // Close ends the watch. Attached pods keep their network; Default stays open.
 func (s *Selector) Close() error {
@@ -223,6 +243,8 @@ func (s *Selector) attach(ctx context.Context, p Pod, list *libcni.NetworkConfig
 	if err != nil {
 		return none, nil, err
 	}
+	s.adding.RLock()
+	defer s.adding.RUnlock()
 	j := journal{Version: 1, Pod: p, Config: config}
 	state, err := s.writeJournal(p.ID, j) // before anything exists that DEL must remove
 	if err != nil {
@@ -389,13 +411,18 @@ func (s *Selector) runDel(ctx context.Context, pod id.Pod, state []byte, netns *
 	return s.cni.DelNetworkList(ctx, list, rt)
 }
 
-// Collect gives the plugins (from CNI 1.1 on) the list of attachments to keep. No
-// Attach may be under way: its pod is not in the list yet.
+// gcTimeout bounds the GC verb, which no ADD may run beside.
+const gcTimeout = 10 * time.Second
+
+// Collect gives the plugins (from CNI 1.1 on) the list of attachments to keep. While
+// an ADD is under way it does nothing: what that makes is not on the list yet, and
+// the plugins would free it again.
 func (s *Selector) Collect(ctx context.Context) error {
 	sel := s.state.Load()
-	if sel.list == nil {
+	if sel.list == nil || !s.adding.TryLock() {
 		return nil
 	}
+	defer s.adding.Unlock()
 	pods, err := s.journalled()
 	if err != nil {
 		return err
@@ -404,7 +431,7 @@ func (s *Selector) Collect(ctx context.Context) error {
 	for _, pod := range pods {
 		valid = append(valid, types.GCAttachment{ContainerID: string(pod), IfName: ifName})
 	}
-	ctx, cancel := context.WithTimeoutCause(ctx, s.cfg.Timeout, fmt.Errorf("no answer within %v", s.cfg.Timeout))
+	ctx, cancel := context.WithTimeoutCause(ctx, gcTimeout, fmt.Errorf("no answer within %v", gcTimeout))
 	defer cancel()
 	if err := s.cni.GCNetworkList(ctx, sel.list, &libcni.GCArgs{ValidAttachments: valid}); err != nil {
 		return fmt.Errorf("collect network %s: %w", sel.list.Name, err)

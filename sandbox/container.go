@@ -3,7 +3,6 @@ package sandbox
 import (
 	"encoding/json"
 	"fmt"
-	"sync"
 	"sync/atomic"
 	"time"
 
@@ -11,6 +10,7 @@ import (
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 
 	"github.com/berth-runtime/berth/internal/id"
+	"github.com/berth-runtime/berth/internal/ranked"
 	"github.com/berth-runtime/berth/sandbox/lifecycle"
 )
 
@@ -24,7 +24,7 @@ type container struct {
 	exited  chan struct{}                   // closed when its end is visible
 	ending  ending                          // how it is being stopped
 
-	mu      sync.Mutex
+	mu      ranked.Mutex[objectLock]
 	rec     containerRecord // guarded by mu
 	settled chan struct{}   // guarded by mu; made by a start, closed when its outcome is known
 }
@@ -69,12 +69,12 @@ func (r *containerRecord) status() *ContainerStatus {
 		ExitCode: r.ExitCode, Reason: r.Reason, Message: r.Message, ImageID: r.ImageID, ImageRef: r.ImageID, ImageName: r.ImageName,
 		LogPath: r.LogPath, Resources: r.Resources, Identity: r.Identity, StopSignal: r.StopSignal, CgroupDir: r.Cgroup,
 	}
-	switch r.State {
-	case lifecycle.Creating, lifecycle.Created, lifecycle.Starting:
+	switch lifecycle.ShowContainer(r.State) {
+	case lifecycle.Nothing, lifecycle.CtrCreated:
 		s.State = ContainerCreated
-	case lifecycle.Running:
+	case lifecycle.CtrRunning:
 		s.State, s.Pid = ContainerRunning, r.Pid
-	default:
+	case lifecycle.CtrExited:
 		s.State = ContainerExited
 	}
 	return s

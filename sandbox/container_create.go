@@ -63,7 +63,7 @@ func (e *Engine) createContainer(ctx context.Context, p *pod, cfg *ContainerConf
 		return "", fmt.Errorf("pod sandbox %s: is not ready; run a new one: %w", id.Short(p.id), errdefs.ErrFailedPrecondition)
 	}
 	at := e.created()
-	c := &container{id: id.NewContainer(), pod: p, created: at.UnixNano(), slot: newSlot(), exited: make(chan struct{})}
+	c := &container{id: id.NewContainer(), pod: p, created: at.UnixNano(), slot: newSlot(containerSlot), exited: make(chan struct{})}
 	b := &containerBuild{e: e, p: p, c: c, pod: prec, config: cfg}
 	if err := b.check(); err != nil {
 		return "", err
@@ -214,7 +214,7 @@ func (b *containerBuild) describe() error {
 	}
 	for _, h := range e.cfg.Handlers {
 		if h.Name == pc.Handler { // what its runtime cannot do would be left out without a word
-			in.Host.RecursiveReadonly = in.Host.RecursiveReadonly && h.RecursiveReadonly
+			in.Host.RecursiveReadonly = in.Host.RecursiveReadonly && h.RecursiveReadonly.Load()
 		}
 	}
 	dir := e.podDir(b.p.id)

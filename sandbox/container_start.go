@@ -52,9 +52,18 @@ func (e *Engine) startContainer(ctx context.Context, c *container) error {
 	if s := c.pod.record().State; s != lifecycle.Ready {
 		err = fmt.Errorf("pod sandbox %s: was stopped meanwhile: %w", id.Short(c.pod.id), errdefs.ErrFailedPrecondition)
 	} else {
-		reply, err = e.launch(ctx, rec)
-		if errors.Is(err, wire.ErrBroken) || errdefs.IsNotFound(err) {
-			reply, err = e.launchAgain(ctx, c, err)
+		// A panic must not leave the container starting for ever.
+		err = attempt(ctx, "start", func(ctx context.Context) (err error) {
+			reply, err = e.launch(ctx, rec)
+			if errors.Is(err, wire.ErrBroken) || errdefs.IsNotFound(err) {
+				reply, err = e.launchAgain(ctx, c, err)
+			}
+			return err
+		})
+		if errdefs.IsFailedPrecondition(err) {
+			if before, ok := e.startedBefore(ctx, c.id); ok {
+				reply, err = before, nil
+			}
 		}
 	}
 	if e.cfg.Observe != nil {
@@ -96,9 +105,22 @@ func (e *Engine) launch(ctx context.Context, rec containerRecord) (wire.StartRep
 	return e.cfg.Runtime.Start(ctx, wire.Start{ID: rec.ID, LogPath: rec.LogPath})
 }
 
+// launches is how many supervisors in a row may die at the start of one container.
+const launches = 4
+
 // launchAgain starts a container whose supervisor died before it was started, or
 // before it could tell. The container's slot is taken.
-func (e *Engine) launchAgain(ctx context.Context, c *container, why error) (wire.StartReply, error) {
+func (e *Engine) launchAgain(ctx context.Context, c *container, why error) (reply wire.StartReply, err error) {
+	for range launches {
+		if reply, err = e.launchOnceMore(ctx, c, why); !errors.Is(err, wire.ErrBroken) {
+			break
+		}
+		why = err
+	}
+	return reply, err
+}
+
+func (e *Engine) launchOnceMore(ctx context.Context, c *container, why error) (wire.StartReply, error) {
 	all, err := e.supervised(ctx)
 	if err != nil {
 		return wire.StartReply{}, errors.Join(why, err)
@@ -115,6 +137,9 @@ func (e *Engine) launchAgain(ctx context.Context, c *container, why error) (wire
 	case !errors.Is(why, wire.ErrBroken):
 		return wire.StartReply{}, why
 	case known.State != wire.Created: // only the connection was lost
+		if known.Exit != nil { // its notification, too
+			e.exit(c, *known.Exit)
+		}
 		return wire.StartReply{Pid: known.Pid, StartedAt: known.StartedAt}, nil
 	}
 	return e.launch(ctx, rec)
@@ -122,6 +147,9 @@ func (e *Engine) launchAgain(ctx context.Context, c *container, why error) (wire
 
 // exit records the end of a container's first process.
 func (e *Engine) exit(c *container, x wire.Exit) {
+	if c.record().State == lifecycle.Created { // an earlier daemon had it started, and nobody got the answer
+		tell(e.stepContainer(c, lifecycle.Start, nil), "Container", "container", c.id)
+	}
 	err := e.stepContainer(c, lifecycle.Exit, func(r *containerRecord) {
 		r.FinishedAt, r.ExitCode, r.Pid = x.FinishedAt, int32(x.Code), 0
 		if r.StartedAt.IsZero() {
@@ -176,10 +204,7 @@ func (e *Engine) events() {
 }
 
 func (e *Engine) applyExit(x wire.Exit) {
-	e.mu.Lock()
-	c := e.containers[x.ID]
-	e.mu.Unlock()
-	if c != nil {
+	if c := e.containers.get(x.ID); c != nil {
 		e.exit(c, x)
 		return
 	}

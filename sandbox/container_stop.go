@@ -5,21 +5,26 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
 
 	"github.com/berth-runtime/berth/internal/id"
+	"github.com/berth-runtime/berth/internal/ranked"
 	"github.com/berth-runtime/berth/oci/supervisor/wire"
 	"github.com/berth-runtime/berth/sandbox/lifecycle"
 	"github.com/berth-runtime/berth/sandbox/spec"
 )
 
-// killAgain is how long a killed container may take to end before it is killed
-// again: processes forked during the first time are caught by the next.
-const killAgain = time.Second
+// A killed container that has not ended after killAgain is killed again: processes
+// forked during the first time are caught by the next. The pause doubles up to
+// killRarely, since what sleeps uninterruptibly ends no sooner for it.
+const (
+	killAgain  = time.Second
+	killRarely = 8 * time.Second
+)
 
 // signalLimit bounds one signal: a supervisor that hangs must not keep a
 // container from being killed when its grace is over.
@@ -28,9 +33,11 @@ const signalLimit = 5 * time.Second
 // ending is how a container is being stopped: by all callers together, the
 // shortest grace wins, and the stop signal is sent once.
 type ending struct {
-	mu       sync.Mutex
+	mu       ranked.Mutex[leafLock]
 	deadline time.Time     // guarded by mu; zero until somebody asks
 	sooner   chan struct{} // guarded by mu; closed when the deadline moves
+
+	looking atomic.Bool // somebody looks at what its processes wait for
 }
 
 // ask moves the deadline to at most now+grace; first says that nobody asked before.
@@ -57,7 +64,10 @@ func (g *ending) when() (time.Time, <-chan struct{}) {
 
 // StopContainer sends the stop signal, and SIGKILL to all of its processes after
 // grace. It returns when the end is visible in the status. When ctx ends first
-// the container is stopped all the same. Missing and exited containers are success.
+// the container is stopped all the same. Processes that do not end on SIGKILL (in
+// uninterruptible sleep, say) are an error of kind Unavailable soon after grace,
+// which says what they wait for; the killing goes on, and a later call succeeds
+// once they are gone. Missing and exited containers are success.
 func (e *Engine) StopContainer(ctx context.Context, ref string, grace time.Duration) error {
 	c, err := e.findContainer(ref)
 	if errdefs.IsNotFound(err) {
@@ -79,13 +89,28 @@ func (e *Engine) stop(ctx context.Context, c *container, grace time.Duration) er
 	if c.ending.ask(grace) {
 		e.owned.Go(func() { e.end(c) })
 	}
-	select {
-	case <-c.exited:
-		return nil
-	case <-ctx.Done():
-		return fmt.Errorf("container %s: is still being stopped: %w", id.Short(c.id), ctx.Err())
-	case <-e.ctx.Done():
-		return fmt.Errorf("container %s: is still being stopped: %w: %w", id.Short(c.id), errClosed, errdefs.ErrUnavailable)
+	began := time.Now()
+	for {
+		at, sooner := c.ending.when()
+		if at.Before(began) { // killed by an earlier call: it may be ending now
+			at = began
+		}
+		t := time.NewTimer(time.Until(at.Add(patience)))
+		select {
+		case <-c.exited:
+			t.Stop()
+			return nil
+		case <-ctx.Done():
+			t.Stop()
+			return fmt.Errorf("container %s: is still being stopped: %w", id.Short(c.id), ctx.Err())
+		case <-e.ctx.Done():
+			t.Stop()
+			return fmt.Errorf("container %s: is still being stopped: %w: %w", id.Short(c.id), errClosed, errdefs.ErrUnavailable)
+		case <-sooner:
+			t.Stop()
+		case <-t.C:
+			return e.stuck(c)
+		}
 	}
 }
 
@@ -113,12 +138,12 @@ func (e *Engine) end(c *container) {
 		}
 		tell(ended(e.signal(c, wire.Signal{ID: c.id, Signal: int(sig)})), "Stop signal", "container", c.id)
 	}
-	for {
+	for pause := killAgain; ; {
 		at, sooner := c.ending.when()
 		wait := time.Until(at)
 		if wait <= 0 {
 			tell(ended(e.signal(c, wire.Signal{ID: c.id, Signal: int(unix.SIGKILL), All: true})), "Kill", "container", c.id)
-			wait = killAgain
+			wait, pause = pause, min(2*pause, killRarely)
 		}
 		t := time.NewTimer(wait)
 		select {

@@ -7,10 +7,12 @@
 // Reads take no lock and touch no disk: each pod and container publishes an
 // immutable status through an atomic pointer.
 //
-// Lock order, outer first; none is held while another process or the network is waited for:
+// Lock order, outer first (locks.go; the tests check it). Slots are channels and may
+// be held while another process or the network is waited for; the others may not:
 //
-//	pod.slot        one mutating operation on a pod at a time (a channel, not a mutex)
+//	pod.slot        one mutating operation on a pod at a time
 //	  container.slot
-//	    pod.mu, container.mu   the record and its journal file
-//	      Engine.mu            indexes only, never held across I/O
+//	    pod.mu, container.mu   the record and its journal file; one of them at a time
+//	      Engine.mu            the writers of the indexes, never held across I/O
+//	        ops.mu, ending.mu, usageTable.mu   for moments, with nothing inside
 package sandbox

@@ -19,6 +19,7 @@ import (
 
 	"github.com/berth-runtime/berth/internal/id"
 	"github.com/berth-runtime/berth/internal/kernel"
+	"github.com/berth-runtime/berth/internal/ranked"
 	"github.com/berth-runtime/berth/sandbox/journal"
 	"github.com/berth-runtime/berth/sandbox/leftovers"
 	"github.com/berth-runtime/berth/sandbox/lifecycle"
@@ -56,8 +57,9 @@ type Config struct {
 // Handler is an external runtime that pods may ask for.
 type Handler struct {
 	Name string
-	// RecursiveReadonly: it can make mounts recursively read-only.
-	RecursiveReadonly bool
+	// RecursiveReadonly: it can make mounts recursively read-only. It may become
+	// true when the runtime has told.
+	RecursiveReadonly *atomic.Bool
 }
 
 // Engine runs pods and containers. Its exported methods may be called concurrently.
@@ -77,11 +79,21 @@ type Engine struct {
 	usage      usageTable
 	lastCreate atomic.Int64          // nanoseconds; created_at is strictly increasing
 	noUserNS   atomic.Pointer[error] // why pods get no user namespaces; nil: they do
+	pods       index[id.Pod, pod]
+	containers index[id.Container, container]
 
-	mu         sync.Mutex
-	pods       map[id.Pod]*pod             // guarded by mu
-	containers map[id.Container]*container // guarded by mu
-	view       atomic.Pointer[view]        // replaced under mu, read freely
+	mu   ranked.Mutex[engineLock] // of the writers of the indexes and view
+	view atomic.Pointer[view]     // replaced under mu, read freely
+}
+
+// index finds objects by id, without a lock.
+type index[K ~string, T any] struct{ m sync.Map }
+
+func (x *index[K, T]) get(k K) *T {
+	if v, ok := x.m.Load(k); ok {
+		return v.(*T)
+	}
+	return nil
 }
 
 // view is an immutable copy of the indexes for readers, newest first.
@@ -90,8 +102,9 @@ type view struct {
 	containers []*container
 }
 
-// Open loads the records, compares them with the supervisor and the kernel,
-// takes up or takes down what was left half-done, and returns a running engine.
+// Open loads the records, compares them with the supervisor and the kernel, and
+// returns a running engine that knows what is true. What was left half-done is
+// taken up or taken down behind it.
 func Open(ctx context.Context, cfg Config) (*Engine, error) {
 	if cfg.Host == nil {
 		h, err := spec.ProbeHost()
@@ -100,7 +113,7 @@ func Open(ctx context.Context, cfg Config) (*Engine, error) {
 		}
 		cfg.Host = &h
 	}
-	e := &Engine{cfg: cfg, pods: map[id.Pod]*pod{}, containers: map[id.Container]*container{}}
+	e := &Engine{cfg: cfg}
 	e.ctx, e.cancel = context.WithCancel(context.WithoutCancel(ctx))
 	e.view.Store(&view{})
 	var err error
@@ -135,7 +148,7 @@ func Open(ctx context.Context, cfg Config) (*Engine, error) {
 		return nil, errors.Join(err, e.empty.Close(), e.past.Close())
 	}
 	e.cfg.FDs.KeptBy(e.kept)
-	e.probeUserNamespaces(ctx)
+	e.firstProbe()
 	e.owned.Go(e.events)
 	e.owned.Go(e.walkUsage)
 	if cfg.Reconcile >= 0 {
@@ -204,7 +217,7 @@ func (e *Engine) created() time.Time {
 func (e *Engine) insertPod(p *pod) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	e.pods[p.id] = p
+	e.pods.m.Store(p.id, p)
 	v := e.view.Load()
 	e.view.Store(&view{pods: inserted(v.pods, p, p.created, func(q *pod) int64 { return q.created }), containers: v.containers})
 }
@@ -212,7 +225,7 @@ func (e *Engine) insertPod(p *pod) {
 func (e *Engine) insertContainer(c *container) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	e.containers[c.id] = c
+	e.containers.m.Store(c.id, c)
 	v := e.view.Load()
 	e.view.Store(&view{pods: v.pods, containers: inserted(v.containers, c, c.created, func(d *container) int64 { return d.created })})
 }
@@ -220,7 +233,7 @@ func (e *Engine) insertContainer(c *container) {
 func (e *Engine) dropPod(p *pod) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	delete(e.pods, p.id)
+	e.pods.m.Delete(p.id)
 	v := e.view.Load()
 	e.view.Store(&view{pods: without(v.pods, p), containers: v.containers})
 }
@@ -228,7 +241,7 @@ func (e *Engine) dropPod(p *pod) {
 func (e *Engine) dropContainer(c *container) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	delete(e.containers, c.id)
+	e.containers.m.Delete(c.id)
 	v := e.view.Load()
 	e.view.Store(&view{pods: v.pods, containers: without(v.containers, c)})
 }
@@ -247,10 +260,7 @@ func without[T any](all []*T, x *T) []*T {
 
 // findPod finds a pod by id or unique prefix.
 func (e *Engine) findPod(ref string) (*pod, error) {
-	e.mu.Lock()
-	p, ok := e.pods[id.Pod(ref)]
-	e.mu.Unlock()
-	if ok {
+	if p := e.pods.get(id.Pod(ref)); p != nil {
 		return p, nil
 	}
 	return byPrefix(e.view.Load().pods, "pod sandbox", ref, func(p *pod) string { return string(p.id) })
@@ -258,10 +268,7 @@ func (e *Engine) findPod(ref string) (*pod, error) {
 
 // findContainer finds a container by id or unique prefix.
 func (e *Engine) findContainer(ref string) (*container, error) {
-	e.mu.Lock()
-	c, ok := e.containers[id.Container(ref)]
-	e.mu.Unlock()
-	if ok {
+	if c := e.containers.get(id.Container(ref)); c != nil {
 		return c, nil
 	}
 	return byPrefix(e.view.Load().containers, "container", ref, func(c *container) string { return string(c.id) })

@@ -25,6 +25,7 @@ import (
 	"github.com/berth-runtime/berth/internal/id"
 	"github.com/berth-runtime/berth/internal/kernel"
 	"github.com/berth-runtime/berth/internal/leftover"
+	"github.com/berth-runtime/berth/internal/ranked"
 	"github.com/berth-runtime/berth/oci/supervisor/wire"
 )
 
@@ -136,6 +137,7 @@ func (w *world) connect() *link {
 }
 
 func (l *link) call(ctx context.Context, op, key string, effect func() error) error {
+	ranked.Waits(objectRank, op)
 	for i, o := range []string{op, op + "!"} {
 		if l.dead.Load() {
 			runtime.Goexit()
@@ -191,7 +193,7 @@ func (l *link) Create(ctx context.Context, r wire.Create) error {
 }
 
 // Start runs the "program", which is named by the first argument: run ends by
-// any signal, deaf only by SIGKILL, exit at once with the code given.
+// any signal, deaf only by SIGKILL, undead by none, exit at once with the code given.
 func (l *link) Start(ctx context.Context, r wire.Start) (reply wire.StartReply, err error) {
 	err = l.call(ctx, "start", string(r.ID), func() error {
 		f, err := l.find(r.ID)
@@ -243,7 +245,7 @@ func (l *link) Signal(ctx context.Context, s wire.Signal) error {
 		if f.info.State != wire.Running {
 			return errdefs.ErrFailedPrecondition
 		}
-		if s.Signal == 9 || f.create.Spec.Process.Args[0] != "deaf" {
+		if name := f.create.Spec.Process.Args[0]; name != "undead" && (s.Signal == 9 || name != "deaf") {
 			l.w.end(f, wire.Exit{Code: 128 + s.Signal, Signal: s.Signal})
 		}
 		return nil

@@ -11,7 +11,10 @@ import (
 	"time"
 
 	"github.com/berth-runtime/berth/internal/id"
+	"github.com/berth-runtime/berth/internal/ranked"
 )
+
+func init() { ranked.Check() }
 
 // kit is an engine in a world.
 type kit struct {
@@ -20,6 +23,7 @@ type kit struct {
 	w           *world
 	l           *link
 	root, state string
+	looked      chan struct{} // closed when leftovers were looked for twice
 }
 
 func needRoot(t testing.TB) {
@@ -37,7 +41,7 @@ func newKit(t testing.TB) *kit {
 func openKit(t testing.TB, w *world, root, state string) *kit {
 	t.Helper()
 	needRoot(t)
-	k := &kit{t: t, w: w, l: w.connect(), root: root, state: state}
+	k := &kit{t: t, w: w, l: w.connect(), root: root, state: state, looked: make(chan struct{})}
 	e, err := Open(context.Background(), Config{Root: root, State: state, Images: k.l, Network: k.l, Runtime: k.l, Streams: &streams{link: k.l}, FDs: k.l, Reconcile: -1})
 	if err != nil {
 		t.Fatal(err)
@@ -48,12 +52,19 @@ func openKit(t testing.TB, w *world, root, state string) *kit {
 		_ = k.Engine.empty.Close()
 		_ = k.Engine.past.Close()
 	})
-	k.reconciled() // as the engine would do by itself, at times of its own
+	// As the engine would do by itself, at times of its own.
+	k.owned.Go(func() {
+		defer close(k.looked)
+		var seen rounds
+		k.round(&seen)
+		k.round(&seen)
+	})
 	return k
 }
 
 // reconciled looks twice for leftovers and returns the second outcome.
 func (k *kit) reconciled() (r Round) {
+	<-k.looked
 	var seen rounds
 	k.cfg.Reconciled = func(got Round) { r = got }
 	k.round(&seen)
@@ -171,6 +182,17 @@ func (k *kit) leftovers() (out []string) {
 
 func (k *kit) empty() {
 	k.t.Helper()
+	done := make(chan struct{})
+	go func() { // a test may kill the engine in it
+		defer close(done)
+		k.reconciled() // what was on its way out at the first looks
+	}()
+	<-done
+	for end := time.Now().Add(10 * time.Second); time.Now().Before(end); time.Sleep(time.Millisecond) {
+		if k.w.holds() == holdsNothing && len(k.leftovers()) == 0 {
+			break
+		}
+	}
 	if h := k.w.holds(); h != holdsNothing {
 		k.t.Errorf("left behind: %s", h)
 	}

@@ -4,11 +4,12 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"sync"
 	"time"
 
 	"github.com/containerd/errdefs"
 	"k8s.io/klog/v2"
+
+	"github.com/berth-runtime/berth/internal/ranked"
 )
 
 // opLimit bounds an operation as a whole; network plugins have their own,
@@ -20,7 +21,7 @@ const opLimit = 4 * time.Minute
 // identity afterwards, so a late retry gets the same answer for as long as the
 // object is there; a failed operation is run again.
 type ops struct {
-	mu      sync.Mutex
+	mu      ranked.Mutex[leafLock]
 	running map[string]*op // guarded by mu
 	closed  bool           // guarded by mu
 }
@@ -100,15 +101,16 @@ type step struct {
 	partial bool
 }
 
-// attempt is do with a panic made an error, so that it is undone like one.
-func (s *step) attempt(ctx context.Context) (err error) {
+// attempt calls a step's do or undo with a panic made an error, so that the rest
+// is undone all the same.
+func attempt(ctx context.Context, name string, f func(context.Context) error) (err error) {
 	defer func() {
 		if p := recover(); p != nil {
-			klog.ErrorS(nil, "Step panicked", "step", s.name, "panic", fmt.Sprint(p), "stack", stack())
-			err = fmt.Errorf("%s: panicked, see the daemon's log: %w", s.name, errdefs.ErrInternal)
+			klog.ErrorS(nil, "Step panicked", "step", name, "panic", fmt.Sprint(p), "stack", stack())
+			err = fmt.Errorf("%s: panicked, see the daemon's log: %w", name, errdefs.ErrInternal)
 		}
 	}()
-	return s.do(ctx)
+	return f(ctx)
 }
 
 // run does the steps in order. When one fails, it undoes those before it, newest
@@ -117,7 +119,7 @@ func (s *step) attempt(ctx context.Context) (err error) {
 func (e *Engine) run(ctx context.Context, name string, steps []step) (undone error, err error) {
 	for i, s := range steps {
 		began := time.Now()
-		err := s.attempt(ctx)
+		err := attempt(ctx, s.name, s.do)
 		d := time.Since(began)
 		if e.cfg.Observe != nil {
 			e.cfg.Observe(name, s.name, d, err)
@@ -131,7 +133,7 @@ func (e *Engine) run(ctx context.Context, name string, steps []step) (undone err
 		var errs []error
 		for j := i; j >= 0; j-- {
 			if u := steps[j].undo; u != nil && (j < i || steps[j].partial) {
-				if uerr := u(back); uerr != nil {
+				if uerr := attempt(back, steps[j].name, u); uerr != nil {
 					errs = append(errs, fmt.Errorf("undo of %s: %w", steps[j].name, uerr))
 				}
 			}
@@ -142,16 +144,28 @@ func (e *Engine) run(ctx context.Context, name string, steps []step) (undone err
 }
 
 // slot lets one operation at a time change an object.
-type slot chan struct{}
+type slot struct {
+	ch   chan struct{}
+	rank ranked.Rank
+}
 
-func newSlot() slot { return make(slot, 1) }
+func newSlot(r ranked.Rank) slot { return slot{make(chan struct{}, 1), r} }
+
+// seize takes a slot that nobody else can know of yet, for a goroutine that is
+// about to begin.
+func (s slot) seize() (release func()) {
+	s.ch <- struct{}{}
+	return func() { <-s.ch }
+}
 
 // take waits for the slot; call the returned function to give it back.
 func (s slot) take(ctx context.Context) (func(), error) {
+	ranked.Enter(s.rank)
 	select {
-	case s <- struct{}{}:
-		return func() { <-s }, nil
+	case s.ch <- struct{}{}:
+		return func() { <-s.ch; ranked.Leave(s.rank) }, nil
 	case <-ctx.Done():
+		ranked.Leave(s.rank)
 		return nil, fmt.Errorf("another operation on it still runs: %w", ctx.Err())
 	}
 }

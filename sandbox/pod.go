@@ -11,7 +11,6 @@ import (
 	"slices"
 	"strconv"
 	"strings"
-	"sync"
 	"sync/atomic"
 	"time"
 
@@ -21,6 +20,7 @@ import (
 
 	"github.com/berth-runtime/berth/cni"
 	"github.com/berth-runtime/berth/internal/id"
+	"github.com/berth-runtime/berth/internal/ranked"
 	"github.com/berth-runtime/berth/sandbox/lifecycle"
 )
 
@@ -34,7 +34,7 @@ type pod struct {
 	slot    slot
 	status  atomic.Pointer[PodStatus] // nil until it is listed
 
-	mu    sync.Mutex
+	mu    ranked.Mutex[objectLock]
 	rec   podRecord           // guarded by mu
 	files map[string]*os.File // guarded by mu; namespaces and mounts by name: net, ipc, uts, user, shm
 }
@@ -58,7 +58,7 @@ func (r *podRecord) containerIn(c id.Container) string { return path.Join(r.Cgro
 
 func (r *podRecord) status() *PodStatus {
 	s := &PodStatus{ID: r.ID, Config: r.Config, CreatedAt: r.CreatedAt, Reason: r.Reason, CgroupDir: r.Cgroup, State: PodNotReady}
-	if r.State == lifecycle.Ready {
+	if lifecycle.ShowPod(r.State) == lifecycle.PodReady {
 		s.State = PodReady
 	}
 	for _, ip := range r.Attachment.IPs {
@@ -216,16 +216,6 @@ func (e *Engine) removeCgroup(dir string) {
 	for _, root := range e.cgroups {
 		_ = unix.Rmdir(filepath.Join(root, dir)) // not there, or somebody else's is below it: stays
 	}
-}
-
-// deleteContainer deletes a container in the supervisor, and what is left of its
-// cgroup where the one that made it is gone.
-func (e *Engine) deleteContainer(ctx context.Context, c id.Container, cgroup string) error {
-	if err := e.cfg.Runtime.Delete(ctx, c); err != nil {
-		return err
-	}
-	e.clearCgroup(cgroup)
-	return nil
 }
 
 // clearLimit is how long clearCgroup waits for killed processes to go.

@@ -42,6 +42,15 @@ func (e *Engine) RunPod(ctx context.Context, c *PodConfig) (id.Pod, error) {
 			if rec.Config.Meta != m {
 				continue
 			}
+			if rec.State == lifecycle.Creating {
+				if err := e.unmade(ctx, p); err != nil {
+					return id.Pod(""), err
+				}
+				rec = p.record()
+			}
+			if rec.State == lifecycle.None {
+				continue
+			}
 			if rec.State != lifecycle.Ready {
 				return id.Pod(""), fmt.Errorf("pod sandbox %s/%s attempt %d: exists as %s and is stopped; remove it, or ask for the next attempt: %w",
 					m.Namespace, m.Name, m.Attempt, id.Short(p.id), errdefs.ErrAlreadyExists)
@@ -54,6 +63,22 @@ func (e *Engine) RunPod(ctx context.Context, c *PodConfig) (id.Pod, error) {
 		return "", err
 	}
 	return v.(id.Pod), nil
+}
+
+// unmade returns when a pod that an operation, or a daemon, has left half-made is
+// gone, or is listed as not ready because something of it cannot be freed. A pod
+// with its identity must not be made while its network and cgroup are still there.
+func (e *Engine) unmade(ctx context.Context, p *pod) error {
+	release, err := p.slot.take(ctx)
+	if err != nil {
+		return fmt.Errorf("pod sandbox %s: is left half-made and still being taken down: %w", id.Short(p.id), err)
+	}
+	defer release()
+	if p.record().State != lifecycle.Creating {
+		return nil
+	}
+	tell(e.unmakePod(ctx, p), "Half-made pod", "pod", p.id)
+	return nil
 }
 
 func (e *Engine) checkPod(c *PodConfig) error {
@@ -104,7 +129,7 @@ func (e *Engine) checkHandler(name string) error {
 
 func (e *Engine) runPod(ctx context.Context, c *PodConfig) (id.Pod, error) {
 	at := e.created()
-	p := &pod{id: id.NewPod(), created: at.UnixNano(), slot: newSlot()}
+	p := &pod{id: id.NewPod(), created: at.UnixNano(), slot: newSlot(podSlot)}
 	p.rec = podRecord{ID: p.id, BootID: e.bootID, Config: c, CreatedAt: at, Cgroup: path.Clean("/" + c.CgroupParent)}
 	if c.CgroupParent == "" {
 		p.rec.Cgroup, p.rec.OwnCgroup = path.Join(defaultCgroupParent, string(p.id)), true

@@ -60,11 +60,12 @@ func (e *Engine) stopPod(ctx context.Context, p *pod) error {
 	})
 }
 
-// holds says whether the pod still has something to free.
+// holds says whether the pod has something to free, or may have: one that is
+// being made has it before the record says so.
 func (p *pod) holds() bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	return len(p.files) > 0 || p.rec.Init != "" || p.rec.Attachment.Network != ""
+	return p.rec.State == lifecycle.Creating || len(p.files) > 0 || p.rec.Init != "" || p.rec.Attachment.Network != ""
 }
 
 // anyRuns says whether a container of the pod runs.
@@ -77,7 +78,9 @@ func (e *Engine) anyRuns(p *pod) bool {
 	return false
 }
 
-// takeDownPod frees what the pod holds, each part though another one fails.
+// takeDownPod ends the pod's containers, and then frees what the pod holds, each
+// part though another one fails. While a container runs nothing is freed: its
+// processes are in the namespaces, and the address would be given to another pod.
 func (e *Engine) takeDownPod(ctx context.Context, p *pod) error {
 	cs := e.containersOf(p)
 	errs := make([]error, len(cs)+4)
@@ -86,12 +89,18 @@ func (e *Engine) takeDownPod(ctx context.Context, p *pod) error {
 		wg.Go(func() { errs[i] = e.stop(ctx, c, 0) })
 	}
 	wg.Wait()
+	if err := errors.Join(errs...); err != nil {
+		return fmt.Errorf("%w: %w", errRuns, err)
+	}
 	rec := p.record()
 	if rec.Init != "" {
 		errs[len(cs)] = e.deleteContainer(ctx, rec.Init, rec.containerIn(rec.Init))
 	}
 	if rec.Config.Namespaces.Network != NamespaceNode {
 		errs[len(cs)+1] = e.detach(ctx, p)
+	}
+	if errs[len(cs)] != nil {
+		return errs[len(cs)] // a process of the shared PID namespace goes on
 	}
 	if errs[len(cs)+1] == nil { // else the next Detach wants the namespace again
 		errs[len(cs)+2] = e.letGo(ctx, p)

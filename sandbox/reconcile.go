@@ -180,15 +180,10 @@ func supervisorPid(state string) int {
 func (e *Engine) records() leftovers.Records {
 	return leftovers.Records{
 		Pod: func(p id.Pod) bool {
-			e.mu.Lock()
-			defer e.mu.Unlock()
-			return e.pods[p] != nil
+			return e.pods.get(p) != nil
 		},
 		Container: func(c id.Container) bool {
-			e.mu.Lock()
-			known := e.containers[c] != nil
-			e.mu.Unlock()
-			return known || slices.ContainsFunc(e.view.Load().pods, func(p *pod) bool { return p.record().Init == c })
+			return e.containers.get(c) != nil || slices.ContainsFunc(e.view.Load().pods, func(p *pod) bool { return p.record().Init == c })
 		},
 		Containers: func() map[id.Container]bool {
 			out := map[id.Container]bool{}
@@ -202,9 +197,7 @@ func (e *Engine) records() leftovers.Records {
 			return out
 		},
 		Ended: func(c id.Container) bool {
-			e.mu.Lock()
-			k := e.containers[c]
-			e.mu.Unlock()
+			k := e.containers.get(c)
 			return k != nil && k.record().State == lifecycle.Exited
 		},
 		Silence: func(ctx context.Context, c id.Container) error {
@@ -212,9 +205,7 @@ func (e *Engine) records() leftovers.Records {
 		},
 		Keeps: func(key string) bool {
 			owner, name, _ := strings.Cut(key, "/")
-			e.mu.Lock()
-			p := e.pods[id.Pod(owner)]
-			e.mu.Unlock()
+			p := e.pods.get(id.Pod(owner))
 			return !slices.Contains(heldNames, name) || p != nil && (p.record().State == lifecycle.Creating || p.keeps(name))
 		},
 		Running: func() (out []leftovers.Running) {
@@ -253,9 +244,7 @@ func (e *Engine) settle(ctx context.Context, c *container, started time.Time) er
 
 // usesNetwork reports whether a pod is attached or on its way there or back.
 func (e *Engine) usesNetwork(ref id.Pod) bool {
-	e.mu.Lock()
-	p := e.pods[ref]
-	e.mu.Unlock()
+	p := e.pods.get(ref)
 	return p != nil && p.usesNetwork()
 }
 
@@ -278,7 +267,6 @@ func (e *Engine) forgotten(object, cgroup string) {
 }
 
 // collectNetwork has plugins that can do it release what belongs to no attachment.
-// No pod may be on its way to one: it is done before the first call is served.
 func (e *Engine) collectNetwork(ctx context.Context) error {
 	n, ok := e.cfg.Network.(interface{ Collect(context.Context) error })
 	if !ok {

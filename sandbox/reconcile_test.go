@@ -58,6 +58,7 @@ func counted(m map[leftover.Kind]int) string {
 // nothing, the second removes it, and the pod goes on. Offline the same is found.
 func TestReconcile(t *testing.T) {
 	k := newKit(t)
+	<-k.looked
 	p := k.pod("a")
 	live, exited := k.running(p, "c"), k.running(p, "d")
 	ok(t, k.StopContainer(context.Background(), string(exited), time.Minute))
@@ -126,6 +127,7 @@ func TestReconcile(t *testing.T) {
 // once; where one part cannot look the others do.
 func TestReconcileFails(t *testing.T) {
 	k := newKit(t)
+	<-k.looked
 	pod, ctr := id.NewPod(), id.NewContainer()
 	k.w.mu.Lock()
 	k.w.containers[ctr] = &fakeContainer{info: wire.Info{ID: ctr, State: wire.Exited}}
@@ -171,6 +173,7 @@ func TestACgroupThatStays(t *testing.T) {
 	}
 	ok(t, k.RemoveContainer(context.Background(), string(c)))
 	k = k.killed()
+	<-k.looked
 	if _, err := os.Stat(dirs[0]); !os.IsNotExist(err) {
 		t.Errorf("it is still there: %v", err)
 	}
@@ -192,6 +195,7 @@ func TestACgroupThatStays(t *testing.T) {
 // hardly a pause between two looks, while pods live: none loses anything.
 func TestReconcilerLeavesOperationsAlone(t *testing.T) {
 	k := newKit(t)
+	<-k.looked
 	k.cfg.Reconcile = 2 * time.Millisecond
 	var mu sync.Mutex
 	rounds, found := 0, map[leftover.Kind]int{}

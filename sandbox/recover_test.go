@@ -202,9 +202,21 @@ func (k *kit) removing() bool {
 	return false
 }
 
-// consistent compares what the engine says with what there is.
+// consistent compares what the engine says with what there is, until they agree:
+// leftovers go behind the first answers.
 func (k *kit) consistent(when string) {
 	k.t.Helper()
+	var bad []string
+	for end := time.Now().Add(10 * time.Second); time.Now().Before(end); time.Sleep(time.Millisecond) {
+		if bad = k.inconsistencies(); len(bad) == 0 {
+			return
+		}
+	}
+	k.t.Errorf("%s: %s", when, strings.Join(bad, "; "))
+}
+
+func (k *kit) inconsistencies() (bad []string) {
+	say := func(format string, args ...any) { bad = append(bad, fmt.Sprintf(format, args...)) }
 	k.w.mu.Lock()
 	defer k.w.mu.Unlock()
 	known := map[id.Container]bool{}
@@ -223,35 +235,35 @@ func (k *kit) consistent(when string) {
 		}
 		ready[s.ID] = true
 		if f := k.w.containers[rec.Init]; f == nil || f.info.State != wire.Running || !k.w.attached[s.ID] || len(held) != 4 {
-			k.t.Errorf("%s: a ready pod lacks something: %d descriptors, attached %v", when, len(held), k.w.attached[s.ID])
+			say("a ready pod lacks something: %d descriptors, attached %v", len(held), k.w.attached[s.ID])
 		}
 	}
 	for _, s := range k.ListContainers(ContainerFilter{}) {
 		known[s.ID] = true
 		f := k.w.containers[s.ID]
 		if s.State != ContainerExited && (f == nil || (s.State == ContainerRunning) != (f.info.State == wire.Running)) {
-			k.t.Errorf("%s: container is %v, supervisor has %+v", when, s.State, f)
+			say("container is %v, supervisor has %+v", s.State, f)
 		}
 		if s.State == ContainerExited && f != nil && f.info.State == wire.Running {
-			k.t.Errorf("%s: an ended container runs", when)
+			say("an ended container runs")
 		}
 		if !k.w.pins[string(s.ID)] {
-			k.t.Errorf("%s: the image of a container is not pinned", when)
+			say("the image of a container is not pinned")
 		}
 	}
 	for c := range k.w.containers {
 		if !known[c] {
-			k.t.Errorf("%s: the supervisor has a container that nobody knows", when)
+			say("the supervisor has a container that nobody knows")
 		}
 	}
 	for key := range k.w.fds {
 		if !keys[key] {
-			k.t.Errorf("%s: descriptor %s is kept for nobody", when, key)
+			say("descriptor %s is kept for nobody", key)
 		}
 	}
 	for p := range k.w.attached {
 		if q, err := k.findPod(string(p)); err != nil || !q.holds() {
-			k.t.Errorf("%s: attachment of nobody", when)
+			say("attachment of nobody")
 		}
 	}
 	for owner := range k.w.pins {
@@ -259,6 +271,7 @@ func (k *kit) consistent(when string) {
 			delete(k.w.pins, owner) // the image service keeps pins in memory: they died with it
 		}
 	}
+	return bad
 }
 
 func copyDir(t testing.TB, from, to string) {

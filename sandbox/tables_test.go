@@ -292,7 +292,7 @@ func TestViewIsNewestFirst(t *testing.T) {
 
 // crowd is an engine with many rows and nothing behind them.
 func crowd(rows int) *Engine {
-	e := &Engine{pods: map[id.Pod]*pod{}, containers: map[id.Container]*container{}}
+	e := &Engine{}
 	e.view.Store(&view{})
 	for i := range rows {
 		p := &pod{id: id.NewPod(), created: int64(i), rec: podRecord{Config: &PodConfig{Labels: map[string]string{"app": "x", "n": fmt.Sprint(i % 10)}}, State: lifecycle.Ready}}

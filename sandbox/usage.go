@@ -2,14 +2,17 @@ package sandbox
 
 import (
 	"context"
+	"fmt"
 	"io/fs"
 	"path/filepath"
-	"sync"
 	"syscall"
 	"time"
 
+	"github.com/containerd/errdefs"
+
 	"github.com/berth-runtime/berth/imageservice"
 	"github.com/berth-runtime/berth/internal/id"
+	"github.com/berth-runtime/berth/internal/ranked"
 )
 
 const (
@@ -26,7 +29,7 @@ type layerUsage struct {
 // usageTable holds the sizes of writable layers. They are measured in the
 // background, never while somebody waits.
 type usageTable struct {
-	mu    sync.Mutex
+	mu    ranked.Mutex[leafLock]
 	byID  map[id.Container]layerUsage // guarded by mu
 	total layerUsage                  // guarded by mu; of the last whole round
 }
@@ -114,13 +117,16 @@ func (e *Engine) WritableUsage() imageservice.FsUsage {
 	return imageservice.FsUsage{Mountpoint: e.containersDir(), Bytes: t.bytes, Inodes: t.inodes, At: t.at}
 }
 
-// ContainerStats reads the use of one container.
+// ContainerStats reads the use of one running container.
 func (e *Engine) ContainerStats(_ context.Context, ref string) (*ContainerStats, error) {
-	_, rec, err := e.running(ref)
+	s, err := e.Container(ref)
 	if err != nil {
 		return nil, err
 	}
-	return e.statsOf(rec.status())
+	if s.State != ContainerRunning {
+		return nil, fmt.Errorf("container %s: is not running: %w", id.Short(s.ID), errdefs.ErrFailedPrecondition)
+	}
+	return e.statsOf(s)
 }
 
 func (e *Engine) statsOf(s *ContainerStatus) (*ContainerStats, error) {

@@ -7,6 +7,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"time"
 
 	"github.com/containerd/errdefs"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
@@ -27,6 +28,24 @@ func (e *Engine) UserNamespaces() error {
 		return *err
 	}
 	return nil
+}
+
+// probeWait is how long Open waits to learn whether pods can have user namespaces.
+const probeWait = 400 * time.Millisecond
+
+// firstProbe probes, and goes on without the answer when it does not come soon.
+func (e *Engine) firstProbe() {
+	err := fmt.Errorf("user namespaces of pods: not known yet whether this node has them: %w", errdefs.ErrUnavailable)
+	e.noUserNS.Store(&err)
+	done := make(chan struct{})
+	e.owned.Go(func() {
+		e.probeUserNamespaces(e.ctx)
+		close(done)
+	})
+	select {
+	case <-done:
+	case <-time.After(probeWait):
+	}
 }
 
 // probeUserNamespaces makes what a pod with a user namespace needs and throws it

@@ -43,7 +43,7 @@ func (n *node) Handlers() []cri.Handler {
 	rro, userns := n.host.RecursiveReadonly, n.engine.UserNamespaces() == nil
 	out := []cri.Handler{{RecursiveReadOnlyMounts: rro, UserNamespaces: userns}, {Name: version.Name, RecursiveReadOnlyMounts: rro, UserNamespaces: userns}}
 	for _, h := range n.handlers {
-		out = append(out, cri.Handler{Name: h.Name, RecursiveReadOnlyMounts: rro && h.RecursiveReadonly})
+		out = append(out, cri.Handler{Name: h.Name, RecursiveReadOnlyMounts: rro && h.RecursiveReadonly.Load()})
 	}
 	return out
 }

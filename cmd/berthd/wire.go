@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -62,7 +63,7 @@ func open(ctx context.Context, cfg *config.Config, m *metrics) (_ *parts, err er
 	if err != nil {
 		return nil, err
 	}
-	commands, handlers := openHandlers(ctx, cfg)
+	commands, handlers := openHandlers(ctx, cfg, &closers)
 	supervisor, err := client.Open(ctx, client.Config{StateDir: cfg.State, Binary: binary, Build: version.String(), Commands: commands})
 	if err != nil {
 		return nil, fmt.Errorf("supervisor: %w", err)
@@ -93,10 +94,16 @@ func open(ctx context.Context, cfg *config.Config, m *metrics) (_ *parts, err er
 		return nil, fmt.Errorf("engine: %w", err)
 	}
 	closers = append(closers, engine.Close)
-	// Containers have claimed their images again: what is left over can go.
-	if err := images.Sweep(ctx); err != nil {
-		return nil, fmt.Errorf("images: %w", err)
-	}
+	// Containers have claimed their images again: what is left over can go, while
+	// the first questions are answered.
+	sweep, stop := context.WithCancel(context.WithoutCancel(ctx))
+	var swept sync.WaitGroup
+	swept.Go(func() {
+		if err := images.Sweep(sweep); err != nil && sweep.Err() == nil {
+			klog.ErrorS(err, "Images that nobody uses are not deleted; the next start tries again")
+		}
+	})
+	closers = append(closers, func() error { stop(); swept.Wait(); return nil })
 	return &parts{
 		engine: engine,
 		images: images,
@@ -105,33 +112,42 @@ func open(ctx context.Context, cfg *config.Config, m *metrics) (_ *parts, err er
 	}, nil
 }
 
-// featuresTime bounds the question what an external runtime can do: the daemon's
-// start waits for the answer.
-const featuresTime = 2 * time.Second
+const (
+	// featuresTime bounds the question what an external runtime can do.
+	featuresTime = 10 * time.Second
+	// featuresWait is how long the daemon's start waits for the answers.
+	featuresWait = 400 * time.Millisecond
+)
 
 // openHandlers asks the configured external runtimes what they can do, all at
 // once. One that is not there, or does not answer, is a handler all the same, of
-// which nothing is promised: it may be installed or mended later, and its pods
-// say what is wrong with it until then.
-func openHandlers(ctx context.Context, cfg *config.Config) (map[string]external.Command, []sandbox.Handler) {
-	ctx, cancel := context.WithTimeout(ctx, featuresTime)
-	defer cancel()
+// which nothing is promised until it does: it may be installed or mended later,
+// and its pods say what is wrong with it until then.
+func openHandlers(ctx context.Context, cfg *config.Config, closers *[]func() error) (map[string]external.Command, []sandbox.Handler) {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), featuresTime)
 	commands := map[string]external.Command{}
 	handlers := make([]sandbox.Handler, len(cfg.Runtimes))
 	var wg sync.WaitGroup
+	*closers = append(*closers, func() error { cancel(); wg.Wait(); return nil })
 	for i, name := range slices.Sorted(maps.Keys(cfg.Runtimes)) {
 		r := cfg.Runtimes[name]
 		c := external.Command{Path: r.Path, Args: r.Args, Timeout: r.Timeout.Duration}
 		commands[name] = c
+		handlers[i].Name, handlers[i].RecursiveReadonly = name, new(atomic.Bool)
 		wg.Go(func() {
 			f, err := external.Probe(ctx, name, c)
 			if err != nil {
 				klog.ErrorS(err, "External runtime", "handler", name, "path", c.Path)
 			}
-			handlers[i] = sandbox.Handler{Name: name, RecursiveReadonly: f.RecursiveReadonly}
+			handlers[i].RecursiveReadonly.Store(f.RecursiveReadonly)
 		})
 	}
-	wg.Wait()
+	answered := make(chan struct{})
+	go func() { wg.Wait(); close(answered) }() // ends with what the closer waits for
+	select {
+	case <-answered:
+	case <-time.After(featuresWait):
+	}
 	return commands, handlers
 }
 

@@ -32,8 +32,9 @@ func enableForwarding(ipv6 bool) error {
 	if err := set("net/ipv4/ip_forward"); err != nil {
 		return fmt.Errorf("switch on net.ipv4.ip_forward: %w", err)
 	}
-	if !ipv6 {
-		return nil
+	const all = "net/ipv6/conf/all/forwarding"
+	if v, err := os.ReadFile("/proc/sys/" + all); !ipv6 || err == nil && strings.TrimSpace(string(v)) == "1" {
+		return nil // and no look at each of a thousand interfaces at every start
 	}
 	// A forwarding kernel ignores router advertisements unless accept_ra is 2: a
 	// node that got its own address from them would lose it.
@@ -47,7 +48,7 @@ func enableForwarding(ipv6 bool) error {
 			}
 		}
 	}
-	if err := set("net/ipv6/conf/all/forwarding"); err != nil {
+	if err := set(all); err != nil {
 		return fmt.Errorf("switch on net.ipv6.conf.all.forwarding: %w", err)
 	}
 	return nil

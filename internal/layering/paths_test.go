@@ -40,6 +40,7 @@ var mayResolve = map[string][]string{
 	"internal/kernel/ns.go":      {"host: os.Open"},                                                                                                // our own namespaces
 	"internal/kernel/path.go":    {"name: unix.Openat2"},                                                                                           // OpenInRoot itself
 	"internal/kernel/process.go": {"host: os.ReadFile"},                                                                                            // /proc/self/uid_map
+	"internal/kernel/waiting.go": {"host: os.Open os.ReadFile"},                                                                                    // /proc
 	"oci/embedded/assemble.go":   {"name: unix.Openat2"},                                                                                           // below a root, through no link at all
 	"oci/embedded/caps.go":       {"host: os.Open os.ReadFile"},
 	"oci/embedded/copyup.go":     {"name: unix.Fchmodat unix.Fchownat unix.Linkat unix.Mkdirat unix.Mknodat unix.Openat unix.Openat2 unix.Readlinkat unix.Statx unix.Symlinkat unix.UtimesNanoAt"},

@@ -6,23 +6,26 @@ package lifecycle
 
 import "fmt"
 
+//go:generate go test -run TestDocument . -update
+
 // State of a pod sandbox or a container. The transitional ones are journalled
 // before the act, so that a crash in the middle is seen and undone.
 type State string
 
 // States of containers; pods have Creating, Ready, Stopping, NotReady and Removing.
+// The sentences here and at the events are those of docs/state.md.
 const (
-	None     State = ""         // not there (any more)
-	Creating State = "creating" // being made; undone after a crash
-	Created  State = "created"
-	Starting State = "starting" // the supervisor was asked; it knows what became of it
-	Running  State = "running"
-	Exited   State = "exited"
-	Removing State = "removing" // going; finished after a crash
+	None     State = ""         // Not there, or not there any more.
+	Creating State = "creating" // Being made. A daemon that finds it on record after a crash takes it down.
+	Created  State = "created"  // Made; no program has run.
+	Starting State = "starting" // The supervisor was asked to run the program, and knows what became of it.
+	Running  State = "running"  // The first process lives, or nobody has proved that it does not.
+	Exited   State = "exited"   // The first process has ended, or could not be run.
+	Removing State = "removing" // Going. A daemon that finds it on record goes on with it.
 
-	Ready    State = "ready"
-	Stopping State = "stopping" // going down; a stop is finished by the next one
-	NotReady State = "notready"
+	Ready    State = "ready"    // Network and namespaces are there; containers may be made.
+	Stopping State = "stopping" // Going down, or a stop has failed. Each further stop tries again.
+	NotReady State = "notready" // Stopped or lost. What it still holds is freed by a stop.
 )
 
 // Event is something that was asked or that happened.
@@ -30,18 +33,18 @@ type Event string
 
 // Events.
 const (
-	Ask         Event = "ask"          // RunPodSandbox, CreateContainer
-	Made        Event = "made"         // all its steps are done
-	Failed      Event = "failed"       // a step failed and all were undone
-	Start       Event = "start"        // StartContainer
-	Started     Event = "started"      // the program runs
-	StartFailed Event = "start-failed" // it could not be run
-	Exit        Event = "exit"         // its first process ended
-	Lost        Event = "lost"         // nobody knows its processes (any more)
-	Stop        Event = "stop"         // StopPodSandbox
-	Stopped     Event = "stopped"
-	Remove      Event = "remove"
-	Removed     Event = "removed"
+	Ask         Event = "ask"          // RunPodSandbox or CreateContainer was called.
+	Made        Event = "made"         // All steps of its making are done.
+	Failed      Event = "failed"       // A step of its making failed, and all were undone.
+	Start       Event = "start"        // StartContainer was called.
+	Started     Event = "started"      // The supervisor says that the program runs.
+	StartFailed Event = "start-failed" // The program could not be run.
+	Exit        Event = "exit"         // Its first process ended. An exit is reported at least once.
+	Lost        Event = "lost"         // Its processes or namespaces are gone and nobody saw how: a reboot, a dead supervisor.
+	Stop        Event = "stop"         // StopPodSandbox was called, or an undo failed.
+	Stopped     Event = "stopped"      // Everything that it held is free.
+	Remove      Event = "remove"       // RemovePodSandbox or RemoveContainer was called, or an undo failed.
+	Removed     Event = "removed"      // Nothing of it is left.
 )
 
 // Effect is what the engine must do after a step, in the order given.
@@ -49,9 +52,9 @@ type Effect string
 
 // Effects.
 const (
-	Journal Effect = "journal" // write the record
-	Publish Effect = "publish" // make the new status visible
-	Forget  Effect = "forget"  // drop record and status
+	Journal Effect = "journal" // Write the record.
+	Publish Effect = "publish" // Make the new status visible.
+	Forget  Effect = "forget"  // Drop record and status.
 )
 
 type edge struct {
@@ -111,6 +114,44 @@ var pods = map[edge]target{
 	{Removing, Stop}:    {Removing, nil},
 	{Removing, Lost}:    {Removing, nil},
 	{Removing, Removed}: {None, gone},
+}
+
+// Shown is what the CRI shows of a state.
+type Shown string
+
+// What the CRI shows.
+const (
+	Nothing    Shown = "" // it is not listed
+	PodReady   Shown = "SANDBOX_READY"
+	PodStopped Shown = "SANDBOX_NOTREADY"
+	CtrCreated Shown = "CONTAINER_CREATED"
+	CtrRunning Shown = "CONTAINER_RUNNING"
+	CtrExited  Shown = "CONTAINER_EXITED"
+)
+
+// ShowContainer is what a status that is published in state s shows. A step
+// without Publish leaves the status that was there.
+func ShowContainer(s State) Shown {
+	switch s {
+	case None, Creating:
+		return Nothing
+	case Created, Starting:
+		return CtrCreated
+	case Running:
+		return CtrRunning
+	}
+	return CtrExited
+}
+
+// ShowPod is ShowContainer for pod sandboxes.
+func ShowPod(s State) Shown {
+	switch s {
+	case None, Creating:
+		return Nothing
+	case Ready:
+		return PodReady
+	}
+	return PodStopped
 }
 
 // StepContainer returns the state of a container after an event. An event that

@@ -67,7 +67,8 @@ func leads(reach map[State]map[State]bool, from, to State, seen map[State]bool) 
 	return false
 }
 
-// TestScenarios replays testdata/*.txt: lines of "noun event -> state effects".
+// TestScenarios replays testdata/*.txt: lines of "name event -> state effects";
+// names that begin with "pod" are pod sandboxes, all others containers.
 func TestScenarios(t *testing.T) {
 	files, err := filepath.Glob("testdata/*.txt")
 	if err != nil || len(files) == 0 {
@@ -93,10 +94,10 @@ func replay(t *testing.T, file string) {
 		left, right, ok := strings.Cut(line, " -> ")
 		l, r := strings.Fields(left), strings.Fields(right)
 		if !ok || len(l) != 2 || len(r) == 0 {
-			t.Fatalf("%s:%d: want \"noun event -> state effects\": %q", file, n, line)
+			t.Fatalf("%s:%d: want \"name event -> state effects\": %q", file, n, line)
 		}
 		step := StepContainer
-		if l[0] == "pod" {
+		if strings.HasPrefix(l[0], "pod") {
 			step = StepPod
 		}
 		next, effects, err := step(state[l[0]], Event(l[1]))

@@ -31,7 +31,7 @@ type options struct {
 	endpoint, name, image, command, exec string
 	registry, scratch, json              string
 	pull, only, match, within, pids      string
-	cgroupParent, seccomp                string
+	cgroupParent, seccomp, restart       string
 	n, workers, pods, execs, pulls       int
 	between, window, timeout             time.Duration
 	logMiB                               int
@@ -58,10 +58,11 @@ func flags(args []string) (*options, error) {
 	f.StringVar(&o.registry, "registry", "127.0.0.1:0", "address of the bench's own registry")
 	f.StringVar(&o.scratch, "scratch", "", "folder for pod logs (default: a new one under $TMPDIR)")
 	f.StringVar(&o.json, "json", "", "file for the results as JSON")
-	f.StringVar(&o.only, "only", "lifecycle,parallel,exec,scale,pull,logs", "parts to run")
+	f.StringVar(&o.only, "only", "lifecycle,parallel,exec,scale,pull,logs", "parts to run; and restart, which needs --restart")
 	f.StringVar(&o.match, "match", "", "the runtime's own processes by the name or path of their executable, separated by commas")
 	f.StringVar(&o.within, "within", "", "of those of --match, only the ones with this text in their command line or their executable's path")
 	f.StringVar(&o.pids, "pids", "", "the runtime's own processes by number, separated by commas, instead of --match")
+	f.StringVar(&o.restart, "restart", "", "for the part restart: the daemon's process, among those of --match, by the name of its executable; it is killed with SIGKILL")
 	f.StringVar(&o.cgroupParent, "cgroup-parent", "/berth-bench", "cgroup under which each pod gets its own, as a kubelet makes them; a .slice or nothing is handed on as it is")
 	f.StringVar(&o.seccomp, "seccomp", "runtime-default", "seccomp profile of the containers: runtime-default or unconfined")
 	if err := f.Parse(args); err != nil {
@@ -195,6 +196,7 @@ type part struct {
 var parts = []part{
 	{"scale", (*bench).scale}, {"lifecycle", (*bench).lifecycle}, {"parallel", (*bench).parallel},
 	{"exec", (*bench).execSync}, {"logs", (*bench).logs}, {"pull", (*bench).pullAll},
+	{"restart", (*bench).restart},
 }
 
 func parseParts(only string) ([]part, error) {
@@ -210,7 +212,7 @@ func parseParts(only string) ([]part, error) {
 		}
 	}
 	for n := range want {
-		return nil, fmt.Errorf("--only %q: no such part; there are lifecycle, parallel, exec, scale, pull and logs", n)
+		return nil, fmt.Errorf("--only %q: no such part; there are lifecycle, parallel, exec, scale, pull, logs and restart", n)
 	}
 	return chosen, nil
 }

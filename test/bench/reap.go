@@ -17,7 +17,8 @@ import (
 // one is slow to collect them, a runtime that looks whether a process is gone
 // would be measured with that slowness.
 //
-// It ends when no child is left. On SIGTERM or SIGINT it sees to that: it hands
+// A command that is killed by SIGKILL is started again, as a service manager does;
+// its children are ours meanwhile. It ends when no child is left. On SIGTERM or SIGINT it sees to that: it hands
 // the signal on to the command, and once the command is gone ends what that left
 // behind.
 func reap(args []string) error {
@@ -33,11 +34,16 @@ func reap(args []string) error {
 	}
 	told := make(chan os.Signal, 1)
 	signal.Notify(told, os.Interrupt, unix.SIGTERM)
-	p, err := os.StartProcess(path, args, &os.ProcAttr{Files: []*os.File{os.Stdin, os.Stdout, os.Stderr}, Env: os.Environ()})
-	if err != nil {
+	r := &reaper{mainGone: make(chan struct{}), start: func() (int, error) {
+		p, err := os.StartProcess(path, args, &os.ProcAttr{Files: []*os.File{os.Stdin, os.Stdout, os.Stderr}, Env: os.Environ()})
+		if err != nil {
+			return 0, err
+		}
+		return p.Pid, nil
+	}}
+	if r.main, err = r.start(); err != nil {
 		return err
 	}
-	r := &reaper{main: p.Pid, mainGone: make(chan struct{})}
 	done := make(chan struct{})
 	var ending sync.WaitGroup
 	ending.Go(func() {
@@ -59,9 +65,12 @@ func reap(args []string) error {
 // reaper holds mu while it collects a child, so that a pid seen under mu is that
 // of the same process until mu is let go.
 type reaper struct {
-	mu       sync.Mutex
-	main     int
-	mainGone chan struct{}
+	start    func() (pid int, err error) // the command
+	mainGone chan struct{}               // closed when the command has ended for good
+
+	mu     sync.Mutex
+	main   int  // guarded by mu
+	ending bool // guarded by mu
 }
 
 // collect waits for children until there are none, and tells how main ended.
@@ -81,8 +90,15 @@ func (r *reaper) collect() error {
 		r.mu.Lock()
 		var ws unix.WaitStatus
 		pid, err := unix.Wait4(-1, &ws, unix.WNOHANG, nil)
+		main, again := err == nil && pid == r.main, false
+		if main && ws.Signaled() && ws.Signal() == unix.SIGKILL && !r.ending {
+			var pid int
+			if pid, err = r.start(); err == nil {
+				r.main, again = pid, true
+			}
+		}
 		r.mu.Unlock()
-		if err != nil || pid != r.main {
+		if !main || again {
 			continue
 		}
 		close(r.mainGone)
@@ -98,7 +114,10 @@ func (r *reaper) collect() error {
 // children: two seconds after SIGTERM they are killed. The children of a killed
 // child become children here, so it goes on until done.
 func (r *reaper) end(done <-chan struct{}) {
+	r.mu.Lock()
+	r.ending = true
 	unix.Kill(r.main, unix.SIGTERM)
+	r.mu.Unlock()
 	select {
 	case <-r.mainGone:
 	case <-time.After(10 * time.Second):

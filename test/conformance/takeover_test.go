@@ -324,15 +324,3 @@ func TestExternalHandlersOutliveTheSupervisor(t *testing.T) {
 		})
 	}
 }
-
-// TestUserNamespacesOutliveTheSupervisor is TestTheSupervisorIsKilled for a pod
-// with a user namespace.
-func TestUserNamespacesOutliveTheSupervisor(t *testing.T) {
-	p := userPod(t, nil)
-	c := inUser(t, p, nil)
-	pid := pidOf(t, c)
-	killSupervisor(t)
-	wantRunning(t, c, pid)
-	again := inUser(t, p, nil)
-	wantRunning(t, again, pidOf(t, again))
-}

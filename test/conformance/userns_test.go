@@ -8,7 +8,6 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
-	"syscall"
 	"testing"
 	"time"
 
@@ -497,7 +496,8 @@ func TestUserNamespaceRefusals(t *testing.T) {
 	}
 }
 
-// TestUserNamespaceOutlivesTheDaemon, and the supervisor with the daemon's help.
+// TestUserNamespaceOutlivesTheDaemon, and the supervisor, with the pod's shared PID
+// namespace.
 func TestUserNamespaceOutlivesTheDaemon(t *testing.T) {
 	p := userPod(t, func(c *cri.PodSandboxConfig) { c.Linux.SecurityContext.NamespaceOptions.Pid = cri.NamespaceMode_POD })
 	a := inUser(t, p, nil)
@@ -518,16 +518,13 @@ func TestUserNamespaceOutlivesTheDaemon(t *testing.T) {
 	}
 	check(a)
 	check(inUser(t, p, nil))
+	killSupervisor(t)
+	check(a)
+	check(inUser(t, p, nil))
 	own := userPod(t, nil)
 	user = nsOf(t, inUser(t, own, nil), "user")
-	if err := syscall.Kill(node.SupervisorPid(), syscall.SIGKILL); err != nil {
-		t.Fatal(err)
-	}
-	if s := waitExit(t, a); s.Reason != "Unknown" {
-		t.Errorf("reason %q", s.Reason)
-	}
+	killSupervisor(t)
 	check(inUser(t, own, nil))
-	inUser(t, userPod(t, nil), nil)
 }
 
 // TestKilledWhileMakingUserNamespaces: every retry succeeds and nothing is left.

@@ -54,7 +54,9 @@ const freezeWait = 10 * time.Second
 
 // Freeze stops all processes of the cgroup and returns once they stand. On error
 // they go on.
-func (c *Cgroup) Freeze() (err error) {
+func (c *Cgroup) Freeze() error { return c.freeze(freezeWait) }
+
+func (c *Cgroup) freeze(wait time.Duration) (err error) {
 	dir, err := c.controllerDir("freezer")
 	if err != nil {
 		return err
@@ -68,7 +70,7 @@ func (c *Cgroup) Freeze() (err error) {
 			err = errors.Join(err, c.Thaw())
 		}
 	}()
-	deadline := time.Now().Add(freezeWait)
+	deadline := time.Now().Add(wait)
 	pause := 50 * time.Microsecond
 	for i := 1; ; i++ {
 		// Written again each time: on v1 a process forked or moved in meanwhile keeps
@@ -91,7 +93,7 @@ func (c *Cgroup) Freeze() (err error) {
 			return nil
 		}
 		if time.Now().After(deadline) {
-			return fmt.Errorf("cgroup %s: not frozen after %s: %w", c.path, freezeWait, errdefs.ErrUnavailable)
+			return fmt.Errorf("cgroup %s: not frozen after %s: %w", c.path, wait, errdefs.ErrUnavailable)
 		}
 		time.Sleep(pause)
 		pause = min(2*pause, 10*time.Millisecond)
@@ -156,6 +158,10 @@ func (c *Cgroup) KillAll() error {
 	return c.killEach()
 }
 
+// killFreezeWait is how long the other processes wait for their signal when one
+// cannot be frozen: one in uninterruptible sleep may never be.
+const killFreezeWait = 200 * time.Millisecond
+
 // killRounds bounds the rounds of killEach against a cgroup that can not be
 // frozen and forks faster than it is killed.
 const killRounds = 100
@@ -164,14 +170,18 @@ const killRounds = 100
 // fork escapes the list, and thawed for the signals to act, whatever failed.
 func (c *Cgroup) killEach() error {
 	dir := c.freezerDir()
+	signalled := map[int]bool{}
 	for range killRounds {
 		pids, err := processes(dir)
 		if err != nil || len(pids) == 0 {
 			return err
 		}
-		ferr := c.Freeze()
+		ferr := c.freeze(killFreezeWait)
 		pids, err = processes(dir)
+		fresh := false
 		for _, p := range pids {
+			fresh = fresh || !signalled[p]
+			signalled[p] = true
 			if kerr := unix.Kill(p, unix.SIGKILL); kerr != nil && kerr != unix.ESRCH {
 				err = errors.Join(err, fmt.Errorf("kill %d: %w", p, kerr))
 			}
@@ -179,7 +189,9 @@ func (c *Cgroup) killEach() error {
 		if terr := c.thawAll(dir); terr != nil && ferr == nil {
 			err = errors.Join(err, terr)
 		}
-		if ferr == nil || err != nil {
+		// The kernel lets no process fork that has SIGKILL pending: when all had it
+		// before this round, nobody is left out.
+		if ferr == nil || err != nil || !fresh {
 			return err
 		}
 	}

@@ -28,7 +28,7 @@ func init() {
 		"sleep": sleep, "print": printLines, "exit": exit, "true": yes, "false": no, "both": both,
 		"echo": echo, "cat": cat, "env": env, "id": identity, "ls": ls, "stat": stat, "write": write,
 		"pwd": pwd, "hostname": hostname, "tty": tty,
-		"signal-ignore": signalIgnore, "signal-report": signalReport, "alloc": alloc, "fork": fork, "orphan": orphan, "spin": spin,
+		"signal-ignore": signalIgnore, "signal-report": signalReport, "alloc": alloc, "fork": fork, "fork-endlessly": forkEndlessly, "orphan": orphan, "spin": spin,
 		"readlink": readlink, "xattr": xattr, "mount": mountTmpfs, "ps": ps, "statfs": statfs, "chmod": chmod, "mknod-open": mknodOpen, "fds": fds,
 		"log-samples": logSamples, "count": count, "exit-after": exitAfter,
 		"commands": list,

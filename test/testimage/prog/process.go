@@ -79,6 +79,17 @@ func fork(args []string) int {
 	return 0
 }
 
+// fork-endlessly: starts itself again and again, and so does each that it starts,
+// as long as the pids limit lets them. It ends only by SIGKILL.
+func forkEndlessly([]string) int {
+	signal.Ignore(syscall.SIGTERM)
+	fmt.Println("forking")
+	for {
+		_ = exec.Command("/proc/self/exe", "fork-endlessly").Start() // not reaped either
+		time.Sleep(time.Millisecond)
+	}
+}
+
 // orphan [SECONDS]: leaves a child behind that holds stdout and stderr open for
 // SECONDS (default 60), and exits 0 at once.
 func orphan(args []string) int {

@@ -1,0 +1,219 @@
+package sandbox
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/containerd/errdefs"
+
+	"github.com/berth-runtime/berth/internal/id"
+	"github.com/berth-runtime/berth/oci/supervisor/wire"
+	"github.com/berth-runtime/berth/sandbox/lifecycle"
+)
+
+// stuckAt makes every call whose key begins with one of the given ids wait until
+// free is called.
+func (w *world) stuckAt(ops []string, keys ...string) (free func()) {
+	block := make(chan struct{})
+	w.set(func(op, key string) error {
+		if slices.Contains(ops, op) && slices.ContainsFunc(keys, func(k string) bool { return strings.HasPrefix(key, k) }) {
+			<-block
+		}
+		return nil
+	})
+	return sync.OnceFunc(func() { close(block) })
+}
+
+// rewind puts a record back to an earlier state, as a daemon leaves it that dies
+// just then.
+func (k *kit) rewindPod(p id.Pod, s lifecycle.State) {
+	rec := must(k.findPod(string(p)))(k.t).record()
+	rec.State = s
+	ok(k.t, k.podBook.Write(string(p), &rec))
+}
+
+func (k *kit) rewindContainer(c id.Container, s lifecycle.State) {
+	rec := must(k.findContainer(string(c)))(k.t).record()
+	rec.State = s
+	ok(k.t, k.ctrBook.Write(string(c), &rec))
+}
+
+// TestRestartWithManyPods: with 500 pods the engine is there soon, although one
+// pod's network, one container's deletion and one container's kill hang for ever.
+func TestRestartWithManyPods(t *testing.T) {
+	const pods = 500
+	k := newKit(t)
+	var ps []id.Pod
+	var cs []id.Container
+	for i := range pods {
+		cfg := podConfig(fmt.Sprint("p", i))
+		cfg.Namespaces.PID = NamespaceContainer
+		p := must(k.RunPod(context.Background(), cfg))(t)
+		ps, cs = append(ps, p), append(cs, k.running(p, "c"))
+	}
+	k.drop()
+	k.rewindPod(ps[0], lifecycle.Creating) // its container says that it was ready after all
+	half := must(k.findPod(string(ps[1])))(t).record()
+	k.rewindPod(ps[1], lifecycle.Creating)
+	ok(t, k.ctrBook.Remove(string(cs[1])))
+	k.rewindContainer(cs[2], lifecycle.Creating)
+	k.rewindContainer(cs[3], lifecycle.Exited)
+	k.rewindContainer(cs[4], lifecycle.Removing)
+	stuck := []string{string(ps[1]), string(cs[2]), string(cs[3]), string(cs[4])}
+	defer k.w.stuckAt([]string{"detach", "delete", "signal"}, stuck...)()
+	began := time.Now()
+	k2 := openKit(t, k.w, k.root, k.state)
+	t.Logf("open after %v", time.Since(began).Round(time.Millisecond))
+	if n := len(k2.ListPods(PodFilter{})); n != pods-1 {
+		t.Errorf("%d pods are listed", n)
+	}
+	for _, s := range k2.ListPods(PodFilter{}) {
+		if s.State != PodReady {
+			t.Errorf("%+v", s)
+		}
+	}
+	running := ContainerRunning
+	if n := len(k2.ListContainers(ContainerFilter{State: &running})); n != pods-4 {
+		t.Errorf("%d containers run", n)
+	}
+	// Everybody else lives on.
+	for i := 5; i < 25; i++ {
+		ok(t, k2.StopContainer(context.Background(), string(cs[i]), time.Minute))
+		ok(t, k2.RemovePod(context.Background(), string(ps[i])))
+		k2.running(k2.pod(fmt.Sprint("new", i)), "c")
+	}
+	// The identity of the half-made pod is not used twice, and nobody hangs.
+	short, cancel := context.WithTimeout(context.Background(), 50*time.Millisecond)
+	defer cancel()
+	if p, err := k2.RunPod(short, half.Config); !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("retry of a pod that is being taken down: %s, %v", p, err)
+	}
+}
+
+// TestRetryWaitsForTheHalfMadePod: it gets a new pod when the old one is gone, and
+// an error when that cannot be taken down and stays listed.
+func TestRetryWaitsForTheHalfMadePod(t *testing.T) {
+	for _, fails := range []bool{false, true} {
+		t.Run(fmt.Sprint("fails ", fails), func(t *testing.T) {
+			k := newKit(t)
+			p := k.pod("a")
+			k.drop()
+			k.rewindPod(p, lifecycle.Creating)
+			reached, free := make(chan struct{}), make(chan struct{})
+			k.w.set(func(op, _ string) error {
+				if op != "detach" {
+					return nil
+				}
+				close(reached)
+				<-free
+				if fails {
+					return fmt.Errorf("no DEL: %w", errdefs.ErrUnavailable)
+				}
+				return nil
+			})
+			k2 := openKit(t, k.w, k.root, k.state)
+			<-reached
+			if l := k2.ListPods(PodFilter{}); len(l) != 0 {
+				t.Errorf("a pod of which nobody has the id: %+v", l)
+			}
+			type answer struct {
+				p   id.Pod
+				err error
+			}
+			answered := make(chan answer, 1)
+			go func() {
+				p, err := k2.RunPod(context.Background(), podConfig("a"))
+				answered <- answer{p, err}
+			}()
+			select {
+			case a := <-answered:
+				t.Fatalf("a second pod beside the first: %+v", a)
+			case <-time.After(50 * time.Millisecond):
+			}
+			k.w.set(nil)
+			close(free)
+			a := <-answered
+			if fails {
+				if !errdefs.IsAlreadyExists(a.err) {
+					t.Errorf("%+v", a)
+				}
+				l := k2.ListPods(PodFilter{})
+				if len(l) != 1 || l[0].ID != p || l[0].State != PodNotReady || l[0].Reason == "" {
+					t.Errorf("%+v", l)
+				}
+				ok(t, k2.RemovePod(context.Background(), string(p)))
+			} else {
+				if a.err != nil || a.p == p {
+					t.Errorf("%+v", a)
+				}
+				ok(t, k2.RemovePod(context.Background(), string(a.p)))
+			}
+			k2.empty()
+		})
+	}
+}
+
+// TestStartUnderWay: the daemon dies while the supervisor is about to run a
+// program. The next one finds it created, and then it runs: the retry of the start
+// succeeds, and without one the truth comes out all the same.
+func TestStartUnderWay(t *testing.T) {
+	for _, tc := range []struct{ retried, ended bool }{{true, false}, {true, true}, {false, false}, {false, true}} {
+		t.Run(fmt.Sprintf("%+v", tc), func(t *testing.T) {
+			k := newKit(t)
+			p := k.pod("a")
+			c := k.ctr(p, "c")
+			k.drop()
+			k.rewindContainer(c, lifecycle.Starting)
+			k2 := openKit(t, k.w, k.root, k.state)
+			if s := k2.status(c); s.State != ContainerCreated {
+				t.Errorf("%+v", s)
+			}
+			k.w.mu.Lock()
+			f := k.w.containers[c]
+			f.info.State, f.info.Pid, f.info.StartedAt = wire.Running, 4242, time.Now()
+			if tc.ended {
+				k.w.end(f, wire.Exit{Code: 5})
+			}
+			k.w.mu.Unlock()
+			if tc.retried {
+				if err := k2.StartContainer(context.Background(), string(c)); err != nil && !(tc.ended && errdefs.IsFailedPrecondition(err)) {
+					t.Error(err)
+				}
+			}
+			if tc.ended {
+				if s := k2.untilState(c, ContainerExited); s.ExitCode != 5 || s.Reason != reasonError {
+					t.Errorf("%+v", s)
+				}
+			} else if s := k2.untilState(c, ContainerRunning); s.Pid != 4242 {
+				t.Errorf("%+v", s)
+			}
+			ok(t, k2.RemovePod(context.Background(), string(p)))
+			k2.empty()
+		})
+	}
+}
+
+// TestRemovalsAreFinished: a removal that the last daemon began, and the undo of a
+// half-made container, go on until they succeed, although nobody asks.
+func TestRemovalsAreFinished(t *testing.T) {
+	k := newKit(t)
+	p := k.pod("a")
+	going, half := k.ctr(p, "going"), k.ctr(p, "half")
+	k.drop()
+	k.rewindContainer(going, lifecycle.Removing)
+	k.rewindContainer(half, lifecycle.Creating)
+	left := k.w.failing("delete", 3)
+	k2 := openKit(t, k.w, k.root, k.state)
+	until(t, "both are gone", func() bool { return len(k2.view.Load().containers) == 0 })
+	if left.Load() > 0 {
+		t.Errorf("%d deletions were not made to fail", left.Load())
+	}
+	ok(t, k2.RemovePod(context.Background(), string(p)))
+	k2.empty()
+}
