@@ -39,8 +39,8 @@ type Config struct {
 	// Default serves pods while ConfDir holds no configuration. Without it such a
 	// node is not ready.
 	Default Network
-	// Timeout of one ADD or DEL of all plugins. Default 100 s, below the two
-	// minutes that the kubelet waits.
+	// Timeout of one ADD or DEL of all plugins. Default 50 s: an ADD and the DEL that
+	// takes it back are below the two minutes that the kubelet waits.
 	Timeout time.Duration
 }
 
@@ -88,7 +88,7 @@ func Open(ctx context.Context, cfg Config) (*Selector, error) {
 		return nil, fmt.Errorf("cni state dir: is not set: %w", errdefs.ErrInvalidArgument)
 	}
 	if cfg.Timeout == 0 {
-		cfg.Timeout = 100 * time.Second
+		cfg.Timeout = 50 * time.Second
 	}
 	s := &Selector{
 		cfg: cfg, pins: pins{filepath.Join(cfg.StateDir, "netns")}, busy: map[id.Pod]struct{}{},
