@@ -21,6 +21,7 @@ import (
 	"github.com/berth-runtime/berth/imageservice/index"
 	"github.com/berth-runtime/berth/imageservice/layer"
 	"github.com/berth-runtime/berth/imageservice/registry"
+	"github.com/berth-runtime/berth/internal/durable"
 )
 
 // Service is the image store of the node. It is safe for concurrent use.
@@ -274,7 +275,12 @@ func (s *Service) Remove(ctx context.Context, ref string) error {
 	rec.Tags, rec.Digests, rec.Removed = nil, nil, true
 	s.setRecord(rec)
 	s.mu.Unlock()
-	err = s.dir.Save(rec)
+	if err = s.dir.Save(rec); durable.IsFull(err) {
+		// Removing images is how a full disk gets space. A crash before the record is
+		// deleted brings the image back, to be removed again.
+		klog.FromContext(ctx).Error(durable.Explain(err), "removal of an image is not on record yet", "image", rec.ID)
+		err = nil
+	}
 	if err != nil {
 		s.mu.Lock()
 		s.setRecord(old)

@@ -42,13 +42,18 @@ func openStore(dir string) (*store, error) {
 		return nil, fmt.Errorf("read boot id: %w", err)
 	}
 	mark := filepath.Join(dir, "boot_id")
-	if old, err := os.ReadFile(mark); err != nil || string(old) != string(boot) {
+	old, err := os.ReadFile(mark)
+	same := err == nil && string(old) == string(boot)
+	if !same {
 		if err := os.RemoveAll(s.pods()); err != nil {
 			return nil, fmt.Errorf("discard records of an earlier boot: %w", err)
 		}
 	}
 	if err := os.MkdirAll(s.pods(), 0o700); err != nil {
 		return nil, err
+	}
+	if same { // nothing to write: a full disk must not keep the daemon down
+		return s, nil
 	}
 	return s, durable.WriteFile(mark, boot, 0o600, false)
 }

@@ -14,6 +14,7 @@
 package layer
 
 import (
+	"crypto/rand"
 	"crypto/sha256"
 	"encoding/hex"
 	"encoding/json"
@@ -263,14 +264,9 @@ func (s *Store) reap(walk func(func(*entry))) error {
 }
 
 func (s *Store) hide(p string) (string, error) {
-	trash, err := os.MkdirTemp(s.staging(), "trash-")
-	if err != nil {
-		return "", err
-	}
-	if err := os.Rename(p, filepath.Join(trash, "layer")); err != nil {
-		return "", errors.Join(err, os.Remove(trash))
-	}
-	return trash, nil
+	// No folder is made for it: that would not work on a full disk, where deleting must.
+	trash := filepath.Join(s.staging(), "trash-"+rand.Text())
+	return trash, os.Rename(p, trash)
 }
 
 func (s *Store) discard(p string) error {

@@ -5,6 +5,7 @@ package faults
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -14,6 +15,7 @@ import (
 	"time"
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
+	"golang.org/x/sys/unix"
 	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/berth-runtime/berth/test/harness"
@@ -73,7 +75,8 @@ func suite(m *testing.M) int {
 // node is a daemon of one test, with the test program's image.
 type node struct {
 	*harness.Daemon
-	t *testing.T
+	t      *testing.T
+	mounts []string // taken away after the daemon
 }
 
 // fresh is a daemon that is not started yet, on an empty folder.
@@ -87,13 +90,18 @@ func fresh(t *testing.T) *node {
 	if err != nil {
 		t.Fatal(err)
 	}
-	n := &node{d, t}
+	n := &node{Daemon: d, t: t}
 	t.Cleanup(func() {
 		if t.Failed() {
 			t.Logf("end of the daemon's log:\n%s", n.LogTail(6000))
 		}
 		if err := n.Close(context.Background()); err != nil {
 			t.Errorf("close: %v", err)
+		}
+		for _, m := range n.mounts {
+			if err := unix.Unmount(m, 0); err != nil {
+				t.Errorf("unmount %s: %v", m, errors.Join(err, unix.Unmount(m, unix.MNT_DETACH)))
+			}
 		}
 		if err := os.RemoveAll(dir); err != nil {
 			t.Error(err)
