@@ -26,6 +26,7 @@ type container struct {
 
 	mu      ranked.Mutex[objectLock]
 	rec     containerRecord // guarded by mu
+	owed    bool            // guarded by mu; the record on disk is older than rec
 	settled chan struct{}   // guarded by mu; made by a start, closed when its outcome is known
 }
 
@@ -100,10 +101,11 @@ func (e *Engine) stepContainerLocked(c *container, ev lifecycle.Event, change fu
 	for _, f := range effects {
 		switch f {
 		case lifecycle.Journal:
-			if err := e.ctrBook.Write(string(c.id), &rec); err != nil {
-				if !stays(c.rec.State, ev) {
-					return err
-				}
+			err := e.ctrBook.Write(string(c.id), &rec)
+			if err != nil && !stays(c.rec.State, ev) {
+				return err
+			}
+			if c.owed = err != nil; c.owed {
 				tell(err, "Container record is not written", "container", c.id)
 			}
 		case lifecycle.Publish:
@@ -111,6 +113,7 @@ func (e *Engine) stepContainerLocked(c *container, ev lifecycle.Event, change fu
 		case lifecycle.Forget:
 			tell(e.ctrBook.Remove(string(c.id)), "Container record is not removed", "container", c.id)
 			c.status.Store(nil)
+			c.owed = false
 			e.dropContainer(c)
 		}
 	}

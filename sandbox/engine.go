@@ -148,6 +148,7 @@ func Open(ctx context.Context, cfg Config) (*Engine, error) {
 	e.firstProbe()
 	e.owned.Go(e.events)
 	e.owned.Go(e.walkUsage)
+	e.owned.Go(e.writeOwed)
 	return e, nil
 }
 
