@@ -72,3 +72,11 @@ type Network interface {
 	// what it holds, and names every pod whose Attach has begun.
 	GC(ctx context.Context, live func() []id.Pod) error
 }
+
+// Restorer is a Network with records of its own, which may be lost or damaged
+// while pods run: a state folder that was wiped, a flipped bit.
+type Restorer interface {
+	// Restore makes good what is missing of the record of a pod that Attach attached
+	// in this boot. For a pod whose record is whole it does nothing.
+	Restore(ctx context.Context, p Pod, a Attachment) error
+}
