@@ -95,6 +95,9 @@ func open(ctx context.Context, cfg Config, rc registry.Config) (*Service, error)
 		return nil, err
 	}
 	log := klog.FromContext(ctx)
+	if len(more) > 0 {
+		s.layers.Suspect()
+	}
 	for _, d := range append(damaged, more...) {
 		log.Error(nil, "damaged part of the image store set aside", "what", d)
 	}
@@ -124,6 +127,7 @@ func (s *Service) load(ctx context.Context, records []*index.Record) error {
 		}
 		if err != nil {
 			klog.FromContext(ctx).Error(err, "image dropped: pull it again", "image", r.ID)
+			s.layers.Suspect()
 			if err := s.dir.Delete(r.ID); err != nil {
 				return err
 			}
