@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"path"
 	"path/filepath"
 	"slices"
 	"sync"
@@ -114,6 +115,9 @@ func (e *Engine) load() {
 			klog.InfoS("Container without a pod is removed", "container", key, "pod", r.Pod)
 			e.owned.Go(func() {
 				tell(errors.Join(e.deleteContainer(e.ctx, r.ID, r.Cgroup), e.removeLayer(r.ID), e.ctrBook.Remove(key)), "Container without a pod", "container", key)
+				if parent := path.Dir(r.Cgroup); path.Dir(parent) == defaultCgroupParent {
+					e.removeCgroup(parent) // the pod's, made by the engine
+				}
 			})
 			return nil
 		}

@@ -7,6 +7,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net"
 	"os"
 	"path/filepath"
 	"strings"
@@ -364,4 +365,22 @@ func files(t *testing.T, dir string) []string {
 		t.Fatal(err)
 	}
 	return out
+}
+
+func (n *node) ip(p *pod) string {
+	n.t.Helper()
+	r, err := n.Runtime.PodSandboxStatus(n.ctx(), &cri.PodSandboxStatusRequest{PodSandboxId: p.id})
+	if err != nil {
+		n.t.Fatal(err)
+	}
+	return r.Status.Network.GetIp()
+}
+
+// answers is nil when somebody serves at address.
+func answers(address string) error {
+	c, err := net.DialTimeout("tcp", address, pace.Wait(5*time.Second))
+	if err != nil {
+		return err
+	}
+	return c.Close()
 }
