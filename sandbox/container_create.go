@@ -279,7 +279,13 @@ func imageName(i *imageservice.Image) string {
 	return string(i.ID)
 }
 
-func (b *containerBuild) folders(context.Context) error {
+func (b *containerBuild) folders(ctx context.Context) error {
+	// They are the pod's, and gone when somebody wiped the state folder.
+	if _, err := os.Stat(b.e.podDir(b.p.id)); errors.Is(err, os.ErrNotExist) {
+		if err := (&podBuild{e: b.e, p: b.p, config: b.pod.Config}).files(ctx); err != nil {
+			return err
+		}
+	}
 	dir := b.e.containerDir(b.c.id)
 	for _, d := range []string{dir, filepath.Join(dir, "upper"), filepath.Join(dir, "work")} {
 		mode := os.FileMode(0o755) // the upper's mode is the mode of the container's "/"
