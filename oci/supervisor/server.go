@@ -157,7 +157,13 @@ func (s *Server) Serve(ctx context.Context) error {
 	s.cancel()
 	s.clients.Wait()
 	if !s.runs() {
-		s.lives.Wait()
+		ended := make(chan struct{})
+		go func() { s.lives.Wait(); close(ended) }()
+		select {
+		case <-ended:
+		case <-time.After(drainTime + stuckTime): // a log disk that does not answer
+			s.log.Error("leaving, although a log disk does not answer: the end of a log is lost")
+		}
 	}
 	leave()
 	return err
