@@ -64,6 +64,17 @@ const (
 	reasonUnknown    = "Unknown"
 )
 
+// orderTimes keeps created, started and finished in this order though the wall
+// clock was set back meanwhile: a start before its creation helps nobody.
+func (r *containerRecord) orderTimes() {
+	if !r.StartedAt.IsZero() && r.StartedAt.Before(r.CreatedAt) {
+		r.StartedAt = r.CreatedAt
+	}
+	if !r.FinishedAt.IsZero() && r.FinishedAt.Before(r.StartedAt) {
+		r.FinishedAt = r.StartedAt
+	}
+}
+
 func (r *containerRecord) status() *ContainerStatus {
 	s := &ContainerStatus{
 		ID: r.ID, Pod: r.Pod, Config: r.Config, CreatedAt: r.CreatedAt, StartedAt: r.StartedAt, FinishedAt: r.FinishedAt,
@@ -97,6 +108,7 @@ func (e *Engine) stepContainerLocked(c *container, ev lifecycle.Event, change fu
 	rec.State = next
 	if change != nil && len(effects) > 0 {
 		change(&rec)
+		rec.orderTimes()
 	}
 	for _, f := range effects {
 		switch f {

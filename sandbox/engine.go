@@ -44,6 +44,9 @@ type Config struct {
 	Policy   spec.Policy
 	// Host is what the node can do; nil asks the kernel.
 	Host *spec.Host
+	// Now is the wall clock, which may be set back and forth; nil is time.Now. Only
+	// what is shown as a time comes from it: waiting is by the monotonic clock.
+	Now func() time.Time
 	// Observe is told of each step of each operation; it must not block. May be nil.
 	Observe func(op, step string, d time.Duration, err error)
 }
@@ -105,6 +108,9 @@ func Open(ctx context.Context, cfg Config) (*Engine, error) {
 			return nil, err
 		}
 		cfg.Host = &h
+	}
+	if cfg.Now == nil {
+		cfg.Now = time.Now
 	}
 	e := &Engine{cfg: cfg}
 	e.ctx, e.cancel = context.WithCancel(context.WithoutCancel(ctx))
@@ -184,7 +190,7 @@ func (e *Engine) podDir(p id.Pod) string { return filepath.Join(e.podsDir(), str
 func (e *Engine) created() time.Time {
 	for {
 		last := e.lastCreate.Load()
-		now := max(time.Now().UnixNano(), last+1)
+		now := max(e.cfg.Now().UnixNano(), last+1)
 		if e.lastCreate.CompareAndSwap(last, now) {
 			return time.Unix(0, now)
 		}
