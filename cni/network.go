@@ -80,3 +80,11 @@ type InUse struct {
 	// IPs are the addresses of all pods on record.
 	IPs func() []netip.Addr
 }
+
+// Restorer is a Network with records of its own, which may be lost or damaged
+// while pods run: a state folder that was wiped, a flipped bit.
+type Restorer interface {
+	// Restore makes good what is missing of the record of a pod that Attach attached
+	// in this boot. For a pod whose record is whole it does nothing.
+	Restore(ctx context.Context, p Pod, a Attachment) error
+}

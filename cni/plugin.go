@@ -15,6 +15,7 @@ import (
 
 	"github.com/containernetworking/cni/pkg/invoke"
 	"github.com/containernetworking/cni/pkg/types"
+	"github.com/containernetworking/cni/pkg/types/create"
 	"github.com/containernetworking/cni/pkg/version"
 	"golang.org/x/sys/unix"
 )
@@ -83,21 +84,39 @@ func (e *pluginExec) ExecPlugin(ctx context.Context, path string, stdin []byte, 
 		fail.Err, fail.Reason = err, clip(out, diag)
 	case err != nil:
 		fail.Err, fail.Reason = err, clip(out, diag)
-		var said types.Error
-		if json.Unmarshal(out, &said) == nil && said.Msg != "" {
-			fail.Code, fail.Reason = said.Code, clip([]byte(said.Msg+" "+said.Details), nil)
+		fail.take(out)
+	case fail.Verb == "ADD":
+		if fail.Err = checkResult(out); fail.Err == nil {
+			return out, nil
 		}
-	case fail.Verb == "ADD" && !isObject(out):
-		fail.Err, fail.Reason = errors.New("result is not a JSON object"), clip(out, diag)
+		fail.Reason = clip(out, diag)
+		fail.take(out)
 	default:
 		return out, nil
 	}
 	return nil, fail
 }
 
-func isObject(b []byte) bool {
+// take takes over the error that a plugin printed, if it is one.
+func (e *PluginError) take(out []byte) {
+	var said types.Error
+	if json.Unmarshal(out, &said) == nil && said.Msg != "" {
+		e.Code, e.Reason = said.Code, clip([]byte(said.Msg+" "+said.Details), nil)
+	}
+}
+
+// checkResult says what is wrong with what a plugin printed after an ADD that it
+// calls a success.
+func checkResult(out []byte) error {
 	var o map[string]json.RawMessage
-	return json.Unmarshal(b, &o) == nil && o != nil
+	if json.Unmarshal(out, &o) != nil || o == nil {
+		return errors.New("result is not a JSON object")
+	}
+	if o["code"] != nil && o["msg"] != nil { // some end with 0 all the same
+		return errors.New("result is an error")
+	}
+	_, err := create.CreateFromBytes(out)
+	return err
 }
 
 func verbOf(environ []string) string {

@@ -39,8 +39,8 @@ type Config struct {
 	// Default serves pods while ConfDir holds no configuration. Without it such a
 	// node is not ready.
 	Default Network
-	// Timeout of one ADD or DEL of all plugins. Default 100 s, below the two
-	// minutes that the kubelet waits.
+	// Timeout of one ADD or DEL of all plugins. Default 50 s: an ADD and the DEL that
+	// takes it back are below the two minutes that the kubelet waits.
 	Timeout time.Duration
 }
 
@@ -88,7 +88,7 @@ func Open(ctx context.Context, cfg Config) (*Selector, error) {
 		return nil, fmt.Errorf("cni state dir: is not set: %w", errdefs.ErrInvalidArgument)
 	}
 	if cfg.Timeout == 0 {
-		cfg.Timeout = 100 * time.Second
+		cfg.Timeout = 50 * time.Second
 	}
 	s := &Selector{
 		cfg: cfg, pins: pins{filepath.Join(cfg.StateDir, "netns")}, busy: map[id.Pod]struct{}{},
@@ -351,16 +351,12 @@ func (s *Selector) Detach(ctx context.Context, p Pod, a Attachment, netns *os.Fi
 // del runs DEL with the configuration and result of the pod's ADD, then drops
 // the pin and the journal. Both stay when a plugin fails.
 func (s *Selector) del(ctx context.Context, p Pod, a Attachment, netns *os.File) error {
-	state := a.State
-	if b, err := os.ReadFile(s.journalPath(p.ID)); err == nil {
-		state = b
-	} else if !errors.Is(err, fs.ErrNotExist) {
-		return fmt.Errorf("cni journal: %w", err)
+	j, err := s.journalOf(p, a)
+	if err == nil && j != nil {
+		err = s.runDel(ctx, j, netns)
 	}
-	if len(state) > 0 {
-		if err := s.runDel(ctx, p.ID, state, netns); err != nil {
-			return fmt.Errorf("detach pod %s: %w", id.Short(p.ID), err)
-		}
+	if err != nil {
+		return fmt.Errorf("detach pod %s: %w", id.Short(p.ID), err)
 	}
 	if err := s.pins.remove(p.ID); err != nil {
 		return err
@@ -371,14 +367,74 @@ func (s *Selector) del(ctx context.Context, p Pod, a Attachment, netns *os.File)
 	return nil
 }
 
-func (s *Selector) runDel(ctx context.Context, pod id.Pod, state []byte, netns *os.File) error {
-	var j journal
-	if err := json.Unmarshal(state, &j); err != nil {
-		return fmt.Errorf("cni journal: %w", err)
+// journalOf finds what DEL needs to know: in the pod's file, else in its
+// attachment. A damaged file is set aside. When there was a file and nothing is
+// left of it, DEL runs with the configuration of now: most plugins want no more
+// than the pod's id. Without any of these nothing was attached.
+func (s *Selector) journalOf(p Pod, a Attachment) (*journal, error) {
+	b, err := os.ReadFile(s.journalPath(p.ID))
+	if err == nil {
+		var j journal
+		if err = durable.Unseal(b, &j); err == nil {
+			err = j.check(p.ID)
+		}
+		if err == nil {
+			return &j, nil
+		}
+		klog.ErrorS(err, "CNI journal of a pod is damaged and set aside", "path", s.journalPath(p.ID)+".bad")
+		if err := os.Rename(s.journalPath(p.ID), s.journalPath(p.ID)+".bad"); err != nil {
+			return nil, fmt.Errorf("cni journal: %w", err)
+		}
+	} else if !errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("cni journal: %w", err)
 	}
+	if len(a.State) > 0 {
+		var j journal
+		if err := json.Unmarshal(a.State, &j); err != nil {
+			return nil, fmt.Errorf("cni attachment: %w", err)
+		}
+		return &j, j.check(p.ID)
+	}
+	sel := s.state.Load()
+	if _, err := os.Stat(s.journalPath(p.ID) + ".bad"); err != nil || sel.list == nil {
+		return nil, nil
+	}
+	config, err := encodeList(sel.list)
+	return &journal{Version: 1, Pod: p, Config: config}, err
+}
+
+func (j *journal) check(pod id.Pod) error {
 	if j.Version != 1 || j.Pod.ID != pod {
 		return fmt.Errorf("cni journal: version %d of pod %s is not of this release and pod: %w", j.Version, id.Short(j.Pod.ID), errdefs.ErrFailedPrecondition)
 	}
+	return nil
+}
+
+// Restore implements Restorer. The journal's copy in the attachment serves DEL;
+// the file is what keeps GC from taking the pod for one that nobody has.
+func (s *Selector) Restore(ctx context.Context, p Pod, a Attachment) error {
+	if err := id.Valid(string(p.ID)); err != nil {
+		return err
+	}
+	if a.Network != PluginNetwork {
+		if r, ok := s.cfg.Default.(Restorer); ok {
+			return r.Restore(ctx, p, a)
+		}
+		return nil
+	}
+	j, err := s.journalOf(p, a)
+	if err != nil || j == nil {
+		return err
+	}
+	if _, err := os.Stat(s.journalPath(p.ID)); err == nil {
+		return nil
+	}
+	_, err = s.writeJournal(p.ID, *j)
+	return err
+}
+
+func (s *Selector) runDel(ctx context.Context, j *journal, netns *os.File) error {
+	pod := j.Pod.ID
 	list, err := decodeList(j.Config)
 	if err != nil {
 		return fmt.Errorf("cni journal: %w", err)
@@ -457,7 +513,14 @@ func (s *Selector) writeJournal(pod id.Pod, j journal) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := durable.WriteFile(s.journalPath(pod), b, 0o600, false); err != nil {
+	text, err := durable.Seal(j)
+	if err == nil {
+		err = os.MkdirAll(s.journalDir(), 0o700) // the state folder may have been wiped
+	}
+	if err == nil {
+		err = durable.WriteFile(s.journalPath(pod), text, 0o600, false)
+	}
+	if err != nil {
 		return nil, fmt.Errorf("cni journal: %w", err)
 	}
 	return b, nil
@@ -466,7 +529,7 @@ func (s *Selector) writeJournal(pod id.Pod, j journal) ([]byte, error) {
 // journalled lists the pods that plugins were asked to attach.
 func (s *Selector) journalled() ([]id.Pod, error) {
 	entries, err := os.ReadDir(s.journalDir())
-	if err != nil {
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return nil, fmt.Errorf("cni journal: %w", err)
 	}
 	var pods []id.Pod

@@ -6,8 +6,11 @@ import (
 	"strings"
 
 	"github.com/containerd/errdefs"
+	"golang.org/x/sys/unix"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
+
+	"github.com/berth-runtime/berth/internal/durable"
 )
 
 // kinds maps errdefs kinds to codes, the most specific first. NotFound is the
@@ -46,12 +49,25 @@ func toStatus(err error) error {
 	if _, ok := err.(interface{ GRPCStatus() *status.Status }); ok {
 		return err
 	}
+	if err = durable.Explain(err); lacks(err) {
+		return status.Error(codes.ResourceExhausted, text(err, errdefs.ErrResourceExhausted))
+	}
 	for _, k := range kinds {
 		if errors.Is(err, k.kind) {
 			return status.Error(k.code, text(err, k.kind))
 		}
 	}
 	return status.Error(codes.Unknown, err.Error())
+}
+
+// lacks says whether the node ran out of something, whatever was asked for.
+func lacks(err error) bool {
+	for _, e := range []error{unix.ENOSPC, unix.EDQUOT, unix.EMFILE, unix.ENFILE, unix.ENOMEM} {
+		if errors.Is(err, e) {
+			return true
+		}
+	}
+	return false
 }
 
 // Message is the text that a client gets for err.
@@ -61,10 +77,13 @@ func Message(err error) string { return status.Convert(toStatus(err)).Message() 
 // already: kubelets put the text into events and conditions.
 func text(err, kind error) string {
 	msg := err.Error()
-	if s, ok := strings.CutSuffix(msg, ": "+kind.Error()); ok && s != "" {
-		return s
+	for { // Explain may have added it to an error that had it
+		s, ok := strings.CutSuffix(msg, ": "+kind.Error())
+		if !ok || s == "" {
+			return msg
+		}
+		msg = s
 	}
-	return msg
 }
 
 // pullError gives pull errors the form that the kubelet understands: it unwraps

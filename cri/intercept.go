@@ -54,6 +54,9 @@ func (s *Server) intercept(ctx context.Context, req any, info *grpc.UnaryServerI
 		if reads[info.FullMethod] {
 			level = logRead
 		}
+		if status.Code(err) == codes.ResourceExhausted {
+			level = 0 // the node, not the caller, is to be helped
+		}
 		if v := klog.V(level); v.Enabled() {
 			logRequest(v, info.FullMethod, req, resp, d, err)
 		}

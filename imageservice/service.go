@@ -21,6 +21,7 @@ import (
 	"github.com/berth-runtime/berth/imageservice/index"
 	"github.com/berth-runtime/berth/imageservice/layer"
 	"github.com/berth-runtime/berth/imageservice/registry"
+	"github.com/berth-runtime/berth/internal/durable"
 )
 
 // Service is the image store of the node. It is safe for concurrent use.
@@ -94,6 +95,9 @@ func open(ctx context.Context, cfg Config, rc registry.Config) (*Service, error)
 		return nil, err
 	}
 	log := klog.FromContext(ctx)
+	if len(more) > 0 {
+		s.layers.Suspect()
+	}
 	for _, d := range append(damaged, more...) {
 		log.Error(nil, "damaged part of the image store set aside", "what", d)
 	}
@@ -123,6 +127,7 @@ func (s *Service) load(ctx context.Context, records []*index.Record) error {
 		}
 		if err != nil {
 			klog.FromContext(ctx).Error(err, "image dropped: pull it again", "image", r.ID)
+			s.layers.Suspect()
 			if err := s.dir.Delete(r.ID); err != nil {
 				return err
 			}
@@ -274,7 +279,12 @@ func (s *Service) Remove(ctx context.Context, ref string) error {
 	rec.Tags, rec.Digests, rec.Removed = nil, nil, true
 	s.setRecord(rec)
 	s.mu.Unlock()
-	err = s.dir.Save(rec)
+	if err = s.dir.Save(rec); durable.IsFull(err) {
+		// Removing images is how a full disk gets space. A crash before the record is
+		// deleted brings the image back, to be removed again.
+		klog.FromContext(ctx).Error(durable.Explain(err), "removal of an image is not on record yet", "image", rec.ID)
+		err = nil
+	}
 	if err != nil {
 		s.mu.Lock()
 		s.setRecord(old)

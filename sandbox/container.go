@@ -26,6 +26,7 @@ type container struct {
 
 	mu      ranked.Mutex[objectLock]
 	rec     containerRecord // guarded by mu
+	owed    bool            // guarded by mu; the record on disk is older than rec
 	settled chan struct{}   // guarded by mu; made by a start, closed when its outcome is known
 }
 
@@ -63,6 +64,17 @@ const (
 	reasonUnknown    = "Unknown"
 )
 
+// orderTimes keeps created, started and finished in this order though the wall
+// clock was set back meanwhile: a start before its creation helps nobody.
+func (r *containerRecord) orderTimes() {
+	if !r.StartedAt.IsZero() && r.StartedAt.Before(r.CreatedAt) {
+		r.StartedAt = r.CreatedAt
+	}
+	if !r.FinishedAt.IsZero() && r.FinishedAt.Before(r.StartedAt) {
+		r.FinishedAt = r.StartedAt
+	}
+}
+
 func (r *containerRecord) status() *ContainerStatus {
 	s := &ContainerStatus{
 		ID: r.ID, Pod: r.Pod, Config: r.Config, CreatedAt: r.CreatedAt, StartedAt: r.StartedAt, FinishedAt: r.FinishedAt,
@@ -96,14 +108,16 @@ func (e *Engine) stepContainerLocked(c *container, ev lifecycle.Event, change fu
 	rec.State = next
 	if change != nil && len(effects) > 0 {
 		change(&rec)
+		rec.orderTimes()
 	}
 	for _, f := range effects {
 		switch f {
 		case lifecycle.Journal:
-			if err := e.ctrBook.Write(string(c.id), &rec); err != nil {
-				if !stays(c.rec.State, ev) {
-					return err
-				}
+			err := e.ctrBook.Write(string(c.id), &rec)
+			if err != nil && !stays(c.rec.State, ev) {
+				return err
+			}
+			if c.owed = err != nil; c.owed {
 				tell(err, "Container record is not written", "container", c.id)
 			}
 		case lifecycle.Publish:
@@ -112,6 +126,7 @@ func (e *Engine) stepContainerLocked(c *container, ev lifecycle.Event, change fu
 			e.forgotten(string(c.id), rec.Cgroup)
 			tell(e.ctrBook.Remove(string(c.id)), "Container record is not removed", "container", c.id)
 			c.status.Store(nil)
+			c.owed = false
 			e.dropContainer(c)
 		}
 	}

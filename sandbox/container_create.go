@@ -279,7 +279,10 @@ func imageName(i *imageservice.Image) string {
 	return string(i.ID)
 }
 
-func (b *containerBuild) folders(context.Context) error {
+func (b *containerBuild) folders(ctx context.Context) error {
+	if err := b.podFiles(ctx); err != nil {
+		return err
+	}
 	dir := b.e.containerDir(b.c.id)
 	for _, d := range []string{dir, filepath.Join(dir, "upper"), filepath.Join(dir, "work")} {
 		mode := os.FileMode(0o755) // the upper's mode is the mode of the container's "/"
@@ -300,6 +303,21 @@ func (b *containerBuild) folders(context.Context) error {
 		return nil
 	}
 	return os.Chown(filepath.Join(dir, "upper"), int(uid), int(gid))
+}
+
+// podFiles makes the pod's files again when somebody wiped the state folder.
+func (b *containerBuild) podFiles(ctx context.Context) error {
+	dir := b.e.podDir(b.p.id)
+	if _, err := os.Stat(dir); !errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	err := (&podBuild{e: b.e, p: b.p, config: b.pod.Config}).files(ctx)
+	// A stop changes the state before it removes the folder: either it finds ours,
+	// or we see that it came.
+	if s := b.p.record().State; s != lifecycle.Ready {
+		return errors.Join(fmt.Errorf("pod sandbox %s: was stopped meanwhile: %w", id.Short(b.p.id), errdefs.ErrFailedPrecondition), os.RemoveAll(dir))
+	}
+	return err
 }
 
 // bundle makes dir the bundle that hooks look for: config.json names the folder

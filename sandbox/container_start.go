@@ -80,7 +80,7 @@ func (e *Engine) startContainer(ctx context.Context, c *container) error {
 		if c.rec.State != lifecycle.Starting { // it ran and its end is known
 			return err
 		}
-		now := time.Now()
+		now := e.cfg.Now()
 		return errors.Join(err, e.stepContainerLocked(c, lifecycle.StartFailed, func(r *containerRecord) {
 			r.ExitCode, r.Reason, r.Message = startErrorCode, reasonStartError, err.Error()
 			r.StartedAt, r.FinishedAt = now, now
@@ -155,10 +155,6 @@ func (e *Engine) exit(c *container, x wire.Exit) {
 		if r.StartedAt.IsZero() {
 			r.StartedAt = x.FinishedAt
 		}
-		// The wall clock may have been set back; an end before its start helps nobody.
-		if r.FinishedAt.Before(r.StartedAt) {
-			r.FinishedAt = r.StartedAt
-		}
 		switch {
 		case x.OOMKilled:
 			r.Reason = reasonOOMKilled
@@ -176,7 +172,7 @@ func (e *Engine) lose(c *container, why string) {
 	// A process without an owner must not go on: its output leads nowhere, nobody
 	// would see its end, and its name could be running twice.
 	e.clearCgroup(c.record().Cgroup)
-	now := time.Now()
+	now := e.cfg.Now()
 	err := e.stepContainer(c, lifecycle.Lost, func(r *containerRecord) {
 		r.FinishedAt, r.ExitCode, r.Reason, r.Message, r.Pid = now, 255, reasonUnknown, why, 0
 		if r.StartedAt.IsZero() {

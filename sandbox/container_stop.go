@@ -269,7 +269,9 @@ func (e *Engine) updateContainer(ctx context.Context, c *container, r *Resources
 	defer c.mu.Unlock()
 	c.rec.Resources = merge(c.rec.Resources, *r)
 	c.status.Store(c.rec.status())
-	tell(e.ctrBook.Write(string(c.id), &c.rec), "Container record is not written", "container", c.id)
+	err = e.ctrBook.Write(string(c.id), &c.rec)
+	c.owed = err != nil
+	tell(err, "Container record is not written", "container", c.id)
 	return nil
 }
 

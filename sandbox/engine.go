@@ -45,6 +45,9 @@ type Config struct {
 	Policy   spec.Policy
 	// Host is what the node can do; nil asks the kernel.
 	Host *spec.Host
+	// Now is the wall clock, which may be set back and forth; nil is time.Now. Only
+	// what is shown as a time comes from it: waiting is by the monotonic clock.
+	Now func() time.Time
 	// Observe is told of each step of each operation; it must not block. May be nil.
 	Observe func(op, step string, d time.Duration, err error)
 
@@ -113,6 +116,9 @@ func Open(ctx context.Context, cfg Config) (*Engine, error) {
 		}
 		cfg.Host = &h
 	}
+	if cfg.Now == nil {
+		cfg.Now = time.Now
+	}
 	e := &Engine{cfg: cfg}
 	e.ctx, e.cancel = context.WithCancel(context.WithoutCancel(ctx))
 	e.view.Store(&view{})
@@ -151,6 +157,7 @@ func Open(ctx context.Context, cfg Config) (*Engine, error) {
 	e.firstProbe()
 	e.owned.Go(e.events)
 	e.owned.Go(e.walkUsage)
+	e.owned.Go(e.writeOwed)
 	if cfg.Reconcile >= 0 {
 		e.owned.Go(e.reconcile)
 	}
@@ -207,7 +214,7 @@ func (e *Engine) podDir(p id.Pod) string { return filepath.Join(e.podsDir(), str
 func (e *Engine) created() time.Time {
 	for {
 		last := e.lastCreate.Load()
-		now := max(time.Now().UnixNano(), last+1)
+		now := max(e.cfg.Now().UnixNano(), last+1)
 		if e.lastCreate.CompareAndSwap(last, now) {
 			return time.Unix(0, now)
 		}

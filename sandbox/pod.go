@@ -36,6 +36,7 @@ type pod struct {
 
 	mu    ranked.Mutex[objectLock]
 	rec   podRecord           // guarded by mu
+	owed  bool                // guarded by mu; the record on disk is older than rec
 	files map[string]*os.File // guarded by mu; namespaces and mounts by name: net, ipc, uts, user, shm
 }
 
@@ -97,10 +98,11 @@ func (e *Engine) stepPod(p *pod, ev lifecycle.Event, change func(*podRecord)) er
 	for _, f := range effects {
 		switch f {
 		case lifecycle.Journal:
-			if err := e.podBook.Write(string(p.id), &rec); err != nil {
-				if !stays(p.rec.State, ev) {
-					return err
-				}
+			err := e.podBook.Write(string(p.id), &rec)
+			if err != nil && !stays(p.rec.State, ev) {
+				return err
+			}
+			if p.owed = err != nil; p.owed {
 				tell(err, "Pod record is not written", "pod", p.id)
 			}
 		case lifecycle.Publish:
@@ -110,6 +112,7 @@ func (e *Engine) stepPod(p *pod, ev lifecycle.Event, change func(*podRecord)) er
 			// takes down what is gone already.
 			tell(e.podBook.Remove(string(p.id)), "Pod record is not removed", "pod", p.id)
 			p.status.Store(nil)
+			p.owed = false
 			e.dropPod(p)
 		}
 	}

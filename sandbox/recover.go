@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"path"
 	"path/filepath"
 	"slices"
 	"sync"
@@ -13,6 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 	"k8s.io/klog/v2"
 
+	"github.com/berth-runtime/berth/cni"
 	"github.com/berth-runtime/berth/internal/id"
 	"github.com/berth-runtime/berth/oci/supervisor/wire"
 	"github.com/berth-runtime/berth/sandbox/lifecycle"
@@ -114,6 +116,9 @@ func (e *Engine) load() {
 			klog.InfoS("Container without a pod is removed", "container", key, "pod", r.Pod)
 			e.owned.Go(func() {
 				tell(errors.Join(e.deleteContainer(e.ctx, r.ID, r.Cgroup), e.removeLayer(r.ID), e.ctrBook.Remove(key)), "Container without a pod", "container", key)
+				if parent := path.Dir(r.Cgroup); path.Dir(parent) == defaultCgroupParent {
+					e.removeCgroup(parent) // the pod's, made by the engine
+				}
 			})
 			return nil
 		}
@@ -196,6 +201,9 @@ func (e *Engine) recoverPod(p *pod, known map[id.Container]*wire.Info) {
 		case rec.Init != "" && !runs(known[rec.Init]):
 			why = lostInit
 		}
+		if rec.BootID == e.bootID && p.hasAll() {
+			e.restoreNetwork(e.ctx, p)
+		}
 		if why != "" {
 			tell(e.stepPod(p, lifecycle.Lost, func(r *podRecord) { r.Reason = why }), "Pod is lost", "pod", p.id)
 		}
@@ -220,6 +228,14 @@ func (e *Engine) unmakePod(ctx context.Context, p *pod) error {
 		e.removeCgroup(rec.Cgroup)
 	}
 	return e.stepPod(p, lifecycle.Failed, nil)
+}
+
+// restoreNetwork lets the network know of a pod whose record it may have lost.
+func (e *Engine) restoreNetwork(ctx context.Context, p *pod) {
+	rec := p.record()
+	if r, ok := e.cfg.Network.(cni.Restorer); ok && rec.Attachment.Network != "" {
+		tell(r.Restore(ctx, rec.network(), rec.Attachment), "Network record of a pod is not made again", "pod", p.id)
+	}
 }
 
 func runs(i *wire.Info) bool { return i != nil && i.State == wire.Running }

@@ -254,7 +254,7 @@ func TestPanicInAnOperation(t *testing.T) {
 }
 
 func TestCreatedAtNeverRepeats(t *testing.T) {
-	var e Engine
+	e := &Engine{cfg: Config{Now: time.Now}}
 	seen := map[time.Time]bool{}
 	var mu sync.Mutex
 	var wg sync.WaitGroup

@@ -141,8 +141,9 @@ func serve(ctx context.Context, cfg *config.Config, open opener) (err error) {
 	}
 	served := make(chan error, 1)
 	go func() { served <- server.Serve(l) }()
-	closePulls, err := servePulls(cfg, p.images)
+	pulled, closePulls, err := servePulls(cfg, p.images)
 	if err == nil {
+		defer guardSockets(ctx, l, pulled)()
 		defer func() { err = errors.Join(err, closePulls()) }()
 		err = probe(ctx, cfg.Socket)
 	}
@@ -163,15 +164,15 @@ func serve(ctx context.Context, cfg *config.Config, open opener) (err error) {
 }
 
 // servePulls serves the socket on which pulls can be watched.
-func servePulls(cfg *config.Config, i pulls.Puller) (stop func() error, err error) {
-	l, err := listen(pullapi.SocketFor(cfg.Socket))
+func servePulls(cfg *config.Config, i pulls.Puller) (l *socket, stop func() error, err error) {
+	l, err = listen(pullapi.SocketFor(cfg.Socket))
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	s := pulls.NewServer(i)
 	served := make(chan error, 1)
 	go func() { served <- s.Serve(l) }()
-	return func() error {
+	return l, func() error {
 		err := s.Close()
 		if e := <-served; !errors.Is(e, http.ErrServerClosed) {
 			err = errors.Join(err, e)

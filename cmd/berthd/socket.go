@@ -30,28 +30,39 @@ func lockDir(flag, dir string) (*os.File, error) {
 
 // listen opens the CRI socket. One that nobody answers on is left from a daemon
 // that was killed, and is replaced; one that answers belongs to another daemon.
-func listen(path string) (net.Listener, error) {
-	if err := os.MkdirAll(filepath.Dir(path), 0o711); err != nil {
-		return nil, fmt.Errorf("socket directory: %w", err)
-	}
-	stale, err := staleSocket(path)
+func listen(path string) (*socket, error) {
+	l, id, err := bind(path)
 	if err != nil {
 		return nil, err
 	}
+	return &socket{path: path, l: l, id: id}, nil
+}
+
+// bind makes the file of the socket, with whose identity it returns.
+func bind(path string) (*net.UnixListener, os.FileInfo, error) {
+	if err := os.MkdirAll(filepath.Dir(path), 0o711); err != nil {
+		return nil, nil, fmt.Errorf("socket directory: %w", err)
+	}
+	stale, err := staleSocket(path)
+	if err != nil {
+		return nil, nil, err
+	}
 	if stale {
 		if err := os.Remove(path); err != nil {
-			return nil, fmt.Errorf("stale socket: %w", err)
+			return nil, nil, fmt.Errorf("stale socket: %w", err)
 		}
 	}
-	l, err := net.Listen("unix", path)
+	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: path, Net: "unix"})
 	if err != nil {
-		return nil, fmt.Errorf("socket %s: %w", path, err)
+		return nil, nil, fmt.Errorf("socket %s: %w", path, err)
 	}
 	// Whoever can connect is root on this node.
-	if err := os.Chmod(path, 0o660); err != nil {
-		return nil, errors.Join(fmt.Errorf("socket: %w", err), l.Close())
+	err = os.Chmod(path, 0o660)
+	id, serr := os.Lstat(path)
+	if err = errors.Join(err, serr); err != nil {
+		return nil, nil, errors.Join(fmt.Errorf("socket: %w", err), l.Close())
 	}
-	return l, nil
+	return l, id, nil
 }
 
 // staleSocket says whether a socket is at path that nobody answers on. One that

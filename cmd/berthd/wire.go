@@ -172,6 +172,7 @@ func openNetwork(ctx context.Context, cfg *config.Config, closers *[]func() erro
 		BinDir:   cfg.CNIBinDir,
 		StateDir: filepath.Join(cfg.State, "cni"),
 		Default:  pods,
+		Timeout:  cfg.Network.PluginTimeout.Duration,
 	})
 	if err != nil {
 		return nil, nil, fmt.Errorf("cni: %w", err)

@@ -24,6 +24,7 @@ package builtin
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"net/netip"
@@ -98,7 +99,10 @@ type Network struct {
 	owned   sync.WaitGroup // fill, check and forgetFlows
 }
 
-var _ cni.Network = (*Network)(nil)
+var (
+	_ cni.Network  = (*Network)(nil)
+	_ cni.Restorer = (*Network)(nil)
+)
 
 // ready is a wired namespace without a pod.
 type ready struct {
@@ -154,10 +158,13 @@ func Open(ctx context.Context, cfg Config) (*Network, error) {
 // restore brings the network's memory, the node and the table in line with the records.
 func (n *Network) restore() error {
 	prefixes := n.cfg.Subnets
-	if b, err := os.ReadFile(n.store.podCIDRPath()); err == nil && len(b) > 0 {
-		if prefixes, err = parsePodCIDR(string(b)); err != nil {
+	if p, err := n.store.podCIDR(); err != nil {
+		klog.ErrorS(err, "Network: the node's pod CIDR is damaged and set aside; pods get addresses of the configured subnets until the kubelet tells it again", "subnets", prefixes)
+		if err := os.Rename(n.store.podCIDRPath(), n.store.podCIDRPath()+".bad"); err != nil {
 			return err
 		}
+	} else if p != nil {
+		prefixes = p
 	}
 	_ = n.threads.do(func(*thread) error {
 		n.ipv6 = hasIPv6()
@@ -179,14 +186,7 @@ func (n *Network) restore() error {
 	}
 	n.subnets = subnets
 	for _, r := range records {
-		n.pods[r.Pod] = r
-		n.links[r.Link] = struct{}{}
-		for _, s := range subnets {
-			for _, ip := range r.IPs {
-				s.claim(ip)
-			}
-		}
-		if r.Ports, err = n.ports.add(r.Pod, r.Ports); err != nil {
+		if err := n.own(r); err != nil {
 			klog.ErrorS(err, "Network record claims a port that another one has", "pod", r.Pod)
 		}
 	}
@@ -288,7 +288,58 @@ func (n *Network) Attach(ctx context.Context, p cni.Pod) (cni.Attachment, *os.Fi
 	n.mu.Lock()
 	r.attaching = false
 	n.mu.Unlock()
-	return cni.Attachment{Network: Name, IPs: r.IPs}, w.ns, nil
+	state, err := json.Marshal(r) // for Restore
+	if err != nil {
+		return none, nil, errors.Join(err, u.Run())
+	}
+	return cni.Attachment{Network: Name, IPs: r.IPs, State: state}, w.ns, nil
+}
+
+// Restore implements cni.Restorer: without its record a pod's address could be
+// given out again, and its link would be taken for one that nobody has.
+func (n *Network) Restore(_ context.Context, p cni.Pod, a cni.Attachment) error {
+	if err := n.enter(); err != nil {
+		return err
+	}
+	defer n.calls.Done()
+	n.mu.Lock()
+	_, known := n.pods[p.ID]
+	n.mu.Unlock()
+	if known || a.Network != Name || len(a.State) == 0 {
+		return nil
+	}
+	r := &record{}
+	if err := json.Unmarshal(a.State, r); err != nil {
+		return fmt.Errorf("network attachment of pod %s: %w: %w", id.Short(p.ID), err, errdefs.ErrDataLoss)
+	}
+	if err := r.check(p.ID); err != nil {
+		return err
+	}
+	klog.InfoS("Network: a pod's record was lost and is made again", "pod", p.ID, "ips", r.IPs)
+	if err := n.own(r); err != nil {
+		return err
+	}
+	if len(r.Ports) > 0 {
+		n.assert() // the table was made without them
+	}
+	return n.store.write(r)
+}
+
+// own enters the record of an attached pod into the memory.
+func (n *Network) own(r *record) (err error) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.pods[r.Pod] = r
+	n.links[r.Link] = struct{}{}
+	for _, s := range n.subnets {
+		for _, ip := range r.IPs {
+			s.claim(ip)
+		}
+	}
+	if r.Ports, err = n.ports.add(r.Pod, r.Ports); err != nil {
+		return fmt.Errorf("network record of pod %s: %w", id.Short(r.Pod), err)
+	}
+	return nil
 }
 
 // begin enters r into the memory, so that the pod counts as live from here on.

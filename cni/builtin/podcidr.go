@@ -1,7 +1,11 @@
 package builtin
 
 import (
+	"errors"
 	"fmt"
+	"io/fs"
+	"net/netip"
+	"os"
 	"slices"
 
 	"github.com/containerd/errdefs"
@@ -47,7 +51,7 @@ func (n *Network) SetPodCIDR(cidr string) error {
 		return nil
 	})
 	if err == nil {
-		err = durable.WriteFile(n.store.podCIDRPath(), []byte(cidr), 0o600, false)
+		err = n.store.writePodCIDR(cidr)
 	}
 	if err != nil {
 		return fmt.Errorf("pod_cidr %q: %w", cidr, err)
@@ -66,4 +70,32 @@ func (n *Network) SetPodCIDR(cidr string) error {
 	n.discard(old)
 	n.poke()
 	return nil
+}
+
+// writePodCIDR keeps the setting.
+func (s *store) writePodCIDR(cidr string) error {
+	b, err := durable.Seal(cidr)
+	if err == nil {
+		err = os.MkdirAll(s.dir, 0o700) // the state folder may have been wiped
+	}
+	if err != nil {
+		return err
+	}
+	return durable.WriteFile(s.podCIDRPath(), b, 0o600, false)
+}
+
+// podCIDR is the setting; nil when there is none.
+func (s *store) podCIDR() ([]netip.Prefix, error) {
+	b, err := os.ReadFile(s.podCIDRPath())
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
+	var cidr string
+	if err == nil {
+		err = durable.Unseal(b, &cidr)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", s.podCIDRPath(), err)
+	}
+	return parsePodCIDR(cidr)
 }

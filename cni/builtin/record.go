@@ -1,7 +1,6 @@
 package builtin
 
 import (
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -37,13 +36,17 @@ type store struct{ dir string }
 // openStore opens the records of this boot and discards those of an earlier one.
 func openStore(dir string) (*store, error) {
 	s := &store{dir: dir}
-	if !s.sameBoot() {
+	same := s.sameBoot()
+	if !same {
 		if err := os.RemoveAll(s.pods()); err != nil {
 			return nil, fmt.Errorf("discard records of an earlier boot: %w", err)
 		}
 	}
 	if err := os.MkdirAll(s.pods(), 0o700); err != nil {
 		return nil, err
+	}
+	if same { // nothing to write: a full disk must not keep the daemon down
+		return s, nil
 	}
 	boot, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
 	if err != nil {
@@ -63,11 +66,14 @@ func (s *store) remove(p id.Pod) error {
 }
 
 func (s *store) write(r *record) error {
-	b, err := json.Marshal(r)
-	if err != nil {
-		return err
+	b, err := durable.Seal(r)
+	if err == nil {
+		err = os.MkdirAll(s.pods(), 0o700) // the state folder may have been wiped
 	}
-	if err := durable.WriteFile(s.path(r.Pod), b, 0o600, false); err != nil {
+	if err == nil {
+		err = durable.WriteFile(s.path(r.Pod), b, 0o600, false)
+	}
+	if err != nil {
 		return fmt.Errorf("network record: %w", err)
 	}
 	return nil
@@ -136,21 +142,26 @@ func (s *store) load() ([]*record, error) {
 
 func parseRecord(b []byte, pod id.Pod) (*record, error) {
 	var r record
-	if err := json.Unmarshal(b, &r); err != nil {
+	if err := durable.Unseal(b, &r); err != nil {
 		return nil, err
 	}
+	return &r, r.check(pod)
+}
+
+// check says what in a record is not what this version writes for the pod.
+func (r *record) check(pod id.Pod) error {
 	if r.Version != recordVersion || r.Pod != pod || r.Link == "" || len(r.IPs) == 0 || len(r.IPs) > 2 {
-		return nil, fmt.Errorf("network record of pod %s: version %d, link %q, addresses %v are not what version %d writes", id.Short(pod), r.Version, r.Link, r.IPs, recordVersion)
+		return fmt.Errorf("network record of pod %s: version %d, link %q, addresses %v are not what version %d writes", id.Short(pod), r.Version, r.Link, r.IPs, recordVersion)
 	}
 	for _, ip := range r.IPs {
 		if !ip.IsValid() {
-			return nil, errors.New("network record: invalid address")
+			return errors.New("network record: invalid address")
 		}
 	}
 	for _, m := range r.Ports {
 		if !m.Pod.IsValid() || m.HostIP.IsValid() && m.HostIP.Is4() != m.Pod.Is4() {
-			return nil, errors.New("network record: invalid port mapping")
+			return errors.New("network record: invalid port mapping")
 		}
 	}
-	return &r, nil
+	return nil
 }

@@ -14,6 +14,7 @@
 package layer
 
 import (
+	"crypto/rand"
 	"crypto/sha256"
 	"encoding/hex"
 	"encoding/json"
@@ -51,6 +52,8 @@ type Store struct {
 	busy  map[string]bool // names in staging that somebody is working on
 	bytes int64
 	nodes int64
+	// suspect: records were damaged, so a layer that nobody holds may be in use.
+	suspect bool
 }
 
 type entry struct {
@@ -64,10 +67,11 @@ func newStore(root string) *Store {
 }
 
 // Open opens the store at root, making it when missing. It deletes what was
-// being staged and returns a text for each damaged layer that it set aside.
+// being staged and returns a text for each damaged layer that it set aside:
+// containers may run on it, so it stays on disk until the node was rebooted.
 func Open(root string) (*Store, []string, error) {
 	s := newStore(root)
-	for _, d := range []string{s.layers(), s.staging(), s.EmptyDir()} {
+	for _, d := range []string{s.layers(), s.staging(), s.aside(), s.EmptyDir()} {
 		if err := os.MkdirAll(d, 0o711); err != nil {
 			return nil, nil, fmt.Errorf("layer store: %w", err)
 		}
@@ -84,6 +88,9 @@ func Open(root string) (*Store, []string, error) {
 			return nil, nil, fmt.Errorf("layer store: %w", err)
 		}
 	}
+	if err := s.clearAside(); err != nil {
+		return nil, nil, fmt.Errorf("layer store: %w", err)
+	}
 	names, err := os.ReadDir(s.layers())
 	if err != nil {
 		return nil, nil, fmt.Errorf("layer store: %w", err)
@@ -92,9 +99,10 @@ func Open(root string) (*Store, []string, error) {
 	for _, e := range names {
 		info, err := s.load(e.Name())
 		if err != nil {
+			s.suspect = true
 			damaged = append(damaged, fmt.Sprintf("layer %s: %v", e.Name(), err))
-			if err := s.discard(filepath.Join(s.layers(), e.Name())); err != nil {
-				return nil, nil, err
+			if err := s.setAside(filepath.Join(s.layers(), e.Name())); err != nil {
+				return nil, nil, fmt.Errorf("layer store: %w", err)
 			}
 			continue
 		}
@@ -105,6 +113,45 @@ func Open(root string) (*Store, []string, error) {
 
 func (s *Store) layers() string  { return filepath.Join(s.root, "layers") }
 func (s *Store) staging() string { return filepath.Join(s.root, "staging") }
+func (s *Store) aside() string   { return filepath.Join(s.root, "quarantine") }
+
+// setAside moves p out of sight. Overlays that are mounted on it go on.
+func (s *Store) setAside(p string) error {
+	boot, err := bootID()
+	if err != nil {
+		return err
+	}
+	return os.Rename(p, filepath.Join(s.aside(), boot+"."+filepath.Base(p)+"."+rand.Text()))
+}
+
+// clearAside deletes what was set aside in an earlier boot: nothing runs on it.
+func (s *Store) clearAside() error {
+	boot, err := bootID()
+	if err != nil {
+		return err
+	}
+	entries, err := os.ReadDir(s.aside())
+	errs := []error{err}
+	for _, e := range entries {
+		if !strings.HasPrefix(e.Name(), boot+".") {
+			errs = append(errs, os.RemoveAll(filepath.Join(s.aside(), e.Name())))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+func bootID() (string, error) {
+	b, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	return strings.TrimSpace(string(b)), err
+}
+
+// Suspect says that records of images were damaged: Sweep then sets aside what
+// nobody holds instead of deleting it, since containers may run on it.
+func (s *Store) Suspect() {
+	s.mu.Lock()
+	s.suspect = true
+	s.mu.Unlock()
+}
 
 // EmptyDir is the one layer of images that have none.
 func (s *Store) EmptyDir() string { return filepath.Join(s.root, "empty") }
@@ -223,8 +270,13 @@ func (s *Store) Unhold(ds ...digest.Digest) {
 	}
 }
 
-// Sweep deletes all layers that nobody holds.
+// Sweep deletes all layers that nobody holds, or sets them aside after Suspect.
 func (s *Store) Sweep() error {
+	defer func() {
+		s.mu.Lock()
+		s.suspect = false
+		s.mu.Unlock()
+	}()
 	return s.reap(func(f func(*entry)) {
 		for _, e := range s.have {
 			f(e)
@@ -236,6 +288,7 @@ func (s *Store) Sweep() error {
 func (s *Store) reap(walk func(func(*entry))) error {
 	var dead []*entry
 	s.mu.Lock()
+	suspect := s.suspect
 	walk(func(e *entry) {
 		if e.refs == 0 && e.gone == nil {
 			e.gone = make(chan struct{})
@@ -247,7 +300,13 @@ func (s *Store) reap(walk func(func(*entry))) error {
 	for _, e := range dead {
 		// The rename is what makes it disappear; a crash in the deletion after it
 		// leaves staging, which the next start empties.
-		trash, err := s.hide(s.path(e.info.DiffID))
+		var trash string
+		var err error
+		if suspect {
+			err = s.setAside(s.path(e.info.DiffID))
+		} else {
+			trash, err = s.hide(s.path(e.info.DiffID))
+		}
 		s.mu.Lock()
 		if err == nil {
 			delete(s.have, e.info.DiffID)
@@ -257,7 +316,7 @@ func (s *Store) reap(walk func(func(*entry))) error {
 		close(e.gone)
 		e.gone = nil
 		s.mu.Unlock()
-		if err == nil {
+		if err == nil && trash != "" {
 			err = s.empty(trash)
 		}
 		if err != nil {
@@ -268,12 +327,12 @@ func (s *Store) reap(walk func(func(*entry))) error {
 }
 
 func (s *Store) hide(p string) (string, error) {
-	trash, err := s.workIn("trash-")
-	if err != nil {
+	// No folder is made for it: that would not work on a full disk, where deleting must.
+	trash := filepath.Join(s.staging(), "trash-"+rand.Text())
+	s.claim(trash)
+	if err := os.Rename(p, trash); err != nil {
+		s.release(trash)
 		return "", err
-	}
-	if err := os.Rename(p, filepath.Join(trash, "layer")); err != nil {
-		return "", errors.Join(err, s.empty(trash))
 	}
 	return trash, nil
 }
@@ -282,28 +341,28 @@ func (s *Store) hide(p string) (string, error) {
 func (s *Store) workIn(prefix string) (string, error) {
 	dir, err := os.MkdirTemp(s.staging(), prefix)
 	if err == nil {
-		s.mu.Lock()
-		s.busy[filepath.Base(dir)] = true
-		s.mu.Unlock()
+		s.claim(dir)
 	}
 	return dir, err
+}
+
+func (s *Store) claim(dir string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.busy[filepath.Base(dir)] = true
+}
+
+func (s *Store) release(dir string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	delete(s.busy, filepath.Base(dir))
 }
 
 // empty deletes a directory of staging, if it is still there, and lets go of it.
 func (s *Store) empty(dir string) error {
 	err := os.RemoveAll(dir)
-	s.mu.Lock()
-	delete(s.busy, filepath.Base(dir))
-	s.mu.Unlock()
+	s.release(dir)
 	return err
-}
-
-func (s *Store) discard(p string) error {
-	trash, err := s.hide(p)
-	if err != nil {
-		return fmt.Errorf("layer store: %w", err)
-	}
-	return s.empty(trash)
 }
 
 // Staged is a layer that is being unpacked or waits to become visible.

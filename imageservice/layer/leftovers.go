@@ -77,7 +77,11 @@ func (s *Store) unknown(name, why string) leftover.Finding {
 		if _, ok := s.Get(d); ok {
 			return nil
 		}
-		return s.discard(path)
+		trash, err := s.hide(path)
+		if err != nil {
+			return err
+		}
+		return s.empty(trash)
 	}
 	return f
 }

@@ -22,6 +22,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"path"
 	"strings"
 	"sync"
@@ -29,6 +30,8 @@ import (
 
 	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
+
+	"github.com/berth-runtime/berth/internal/durable"
 )
 
 // Limits bound one layer. Zero values mean the defaults.
@@ -123,8 +126,8 @@ func Apply(ctx context.Context, root string, r io.Reader, l Limits) (Usage, erro
 	if err == nil {
 		err = u.setTimes(u.root)
 	}
-	if errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT) {
-		err = fmt.Errorf("file system of %s: %w: %w", root, err, errdefs.ErrResourceExhausted)
+	if durable.IsFull(err) {
+		err = durable.Explain(&fs.PathError{Op: "unpack", Path: root, Err: err})
 	}
 	return u.usage, err
 }

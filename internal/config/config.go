@@ -66,7 +66,7 @@ type External struct {
 	Timeout Duration `toml:"timeout"`
 }
 
-// Network configures the built-in network.
+// Network configures the built-in network, and how long CNI plugins may take.
 type Network struct {
 	// Subnets are the ranges that pods get addresses from: at most one of each
 	// family. The node's pod CIDR, once the kubelet tells it, takes their place.
@@ -78,6 +78,10 @@ type Network struct {
 	MTU int `toml:"mtu"`
 	// Pool is how many wired network namespaces are kept ready for the next pods.
 	Pool int `toml:"pool"`
+	// PluginTimeout is how long all CNI plugins together may take for one ADD or one
+	// DEL ("50s"). Then they are killed. An ADD that is killed is followed by a DEL:
+	// twice this should be below the two minutes that the kubelet waits.
+	PluginTimeout Duration `toml:"plugin_timeout"`
 }
 
 // Runtime configures how containers are run.
@@ -127,7 +131,7 @@ func Default() *Config {
 		CNIBinDir:         "/opt/cni/bin",
 		RegistryConfigDir: "/etc/berth/certs.d",
 		LogLevel:          "info",
-		Network:           Network{Subnets: []string{"10.164.0.0/16", "fd62:6572:7468::/64"}, Unmasked: []string{}, Pool: 8},
+		Network:           Network{Subnets: []string{"10.164.0.0/16", "fd62:6572:7468::/64"}, Unmasked: []string{}, Pool: 8, PluginTimeout: Duration{50 * time.Second}},
 		Runtime:           Runtime{Reconcile: Duration{time.Minute}},
 		Runtimes:          map[string]External{},
 		Streaming:         Streaming{Address: "127.0.0.1:0", IdleTimeout: Duration{4 * time.Hour}},
@@ -225,6 +229,9 @@ func (n *Network) validate() error {
 	}
 	if n.MTU != 0 && (n.MTU < 1280 || n.MTU > 65535) {
 		return wrong("network.mtu", "%d; use 1280 to 65535, or 0 for the default route's", n.MTU)
+	}
+	if n.PluginTimeout.Duration <= 0 {
+		return wrong("network.plugin_timeout", "%s; use a time such as 50s", n.PluginTimeout)
 	}
 	if n.Pool < 0 || n.Pool > 256 {
 		return wrong("network.pool", "%d; use 0 to 256", n.Pool)

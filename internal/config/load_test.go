@@ -70,6 +70,7 @@ func TestBadFiles(t *testing.T) {
 		{"runtime of ours", "[runtimes.berth]\npath = \"/a\"", "built-in runtime"},
 		{"typo in a runtime", "[runtimes.runc]\npaht = \"/a\"", `unknown key "runtimes.runc.paht"; did you mean "runtimes.runc.path"?`},
 		{"runtime's time", "[runtimes.runc]\npath = \"/a\"\ntimeout = \"-1s\"", "runtimes.runc.timeout: -1s is negative"},
+		{"plugin time", "[network]\nplugin_timeout = \"0s\"", "network.plugin_timeout"},
 		{"duration", "[streaming]\nidle_timeout = \"soon\"", ":2:"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {

@@ -11,6 +11,8 @@ import (
 	"strings"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/berth-runtime/berth/internal/durable"
 )
 
 // Name is the lock file's name in the directory.
@@ -39,7 +41,8 @@ func Take(dir string) (*os.File, error) {
 	if err = f.Truncate(0); err == nil {
 		_, err = f.WriteAt(fmt.Appendf(nil, "%d\n", os.Getpid()), 0)
 	}
-	if err != nil {
+	// On a full disk there is nobody's pid in it: who holds the lock is what counts.
+	if err != nil && !durable.IsFull(err) {
 		return nil, errors.Join(fmt.Errorf("lock %s: %w", f.Name(), err), f.Close())
 	}
 	return f, nil

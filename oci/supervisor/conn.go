@@ -54,8 +54,8 @@ func (m message) done() {
 }
 
 // accept serves connections until the listener is closed.
-func (s *Server) accept() {
-	raw, err := s.listener.SyscallConn()
+func (s *Server) accept(l *os.File) {
+	raw, err := l.SyscallConn()
 	if err != nil {
 		s.log.Error("accept", "error", err)
 		return
@@ -63,8 +63,8 @@ func (s *Server) accept() {
 	for {
 		var fd int
 		var aerr error
-		err := raw.Read(func(l uintptr) bool {
-			fd, _, aerr = unix.Accept4(int(l), unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK)
+		err := raw.Read(func(lfd uintptr) bool {
+			fd, _, aerr = unix.Accept4(int(lfd), unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK)
 			return aerr != unix.EAGAIN
 		})
 		if err != nil {

@@ -20,8 +20,9 @@ import (
 )
 
 const (
-	drainTime  = time.Second      // for output of processes that outlive the container's cgroup
-	deleteTime = 10 * time.Second // for killed processes to end; one in uninterruptible sleep may take longer
+	stuckTime  = 500 * time.Millisecond // longer than drainTime only a log disk that does not answer takes
+	drainTime  = time.Second            // for output of processes that outlive the container's cgroup
+	deleteTime = 10 * time.Second       // for killed processes to end; one in uninterruptible sleep may take longer
 	treeTime   = 2 * time.Second
 	maxUnheard = 64                // exits of execs that are kept for a daemon that comes back
 	startTime  = 100 * time.Second // the kubelet waits for two minutes; meanwhile nobody can delete the container
@@ -46,7 +47,8 @@ type container struct {
 
 	mu        sync.Mutex
 	starting  bool
-	first     *process // set by Start
+	first     *process   // set by Start
+	reopening *reopening // one under way
 	log       *crilog.Log
 	logPath   string
 	outputs   []*output // of the first process
@@ -222,14 +224,14 @@ func (c *container) watch(s *Server, first *process, io *stdio) {
 		c.mu.Unlock()
 	}
 	c.life.RUnlock()
-	stopOutputs(io.outputs, drainTime)
-	c.attached.end()
-	if io.log != nil {
-		if n := io.log.Dropped(); n > 0 {
-			s.log.Warn("container log could not be written in full", "container", string(c.id), "bytes", n)
-		}
-		_ = io.log.Close()
+	if stopOutputs(io.outputs, drainTime, stuckTime) {
+		c.closeLog(s, io)
+	} else {
+		// Whoever stops and removes the container does not wait for its log disk.
+		s.log.Error("log disk does not answer: the end of the container's output is not in its log yet", "container", string(c.id))
+		s.goNamed("log", func() { c.closeLog(s, io) })
 	}
+	c.attached.end()
 	c.mu.Lock()
 	if c.stdinEnd != nil {
 		_ = c.stdinEnd.Close()
@@ -240,6 +242,18 @@ func (c *container) watch(s *Server, first *process, io *stdio) {
 	first.close()
 	close(first.done)
 	s.publish(e)
+}
+
+// closeLog ends the log when the outputs have.
+func (c *container) closeLog(s *Server, io *stdio) {
+	closeOutputs(io.outputs)
+	if io.log == nil {
+		return
+	}
+	if n := io.log.Dropped(); n > 0 {
+		s.log.Warn("container log could not be written in full", "container", string(c.id), "bytes", n)
+	}
+	_ = io.log.Close()
 }
 
 // exec starts a further process. Its id is taken before the process is made, and

@@ -167,7 +167,7 @@ func (s *Server) simple(f wire.Frame, files []*os.File) error {
 		if err != nil {
 			return err
 		}
-		return c.reopenLog(r.Path)
+		return c.reopenLog(s, r.Path)
 	case wire.OpResize:
 		r, c, err := on(s, f, func(r wire.Resize) id.Container { return r.ID })
 		if err != nil {

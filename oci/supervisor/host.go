@@ -15,6 +15,8 @@ import (
 
 	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
+
+	"github.com/berth-runtime/berth/internal/durable"
 )
 
 const (
@@ -23,13 +25,13 @@ const (
 )
 
 // takeLock locks path and writes our pid into it. A supervisor that is just
-// ending still has the lock for a moment.
-func takeLock(path string) (*os.File, error) {
+// ending still has the lock for a moment, so it is waited for.
+func takeLock(path string, wait time.Duration) (*os.File, error) {
 	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|unix.O_NOFOLLOW, 0o600)
 	if err != nil {
 		return nil, fmt.Errorf("lock: %w", err)
 	}
-	for deadline := time.Now().Add(lockWait); ; time.Sleep(20 * time.Millisecond) {
+	for deadline := time.Now().Add(wait); ; time.Sleep(20 * time.Millisecond) {
 		err := control(f, func(fd int) error { return unix.Flock(fd, unix.LOCK_EX|unix.LOCK_NB) })
 		if err == nil {
 			break
@@ -42,7 +44,7 @@ func takeLock(path string) (*os.File, error) {
 	if err = f.Truncate(0); err == nil {
 		_, err = f.WriteAt([]byte(strconv.Itoa(os.Getpid())+"\n"), 0)
 	}
-	if err != nil {
+	if err != nil && !durable.IsFull(err) { // who holds the lock is what counts
 		_ = f.Close()
 		return nil, fmt.Errorf("lock: %w", err)
 	}
@@ -51,13 +53,14 @@ func takeLock(path string) (*os.File, error) {
 
 // listen makes the socket. The caller holds the lock, so a socket that is there
 // belongs to nobody.
-func listen(path string) (*os.File, error) {
+func listen(path string) (*os.File, fileID, error) {
+	var id fileID
 	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
-		return nil, fmt.Errorf("socket: %w", err)
+		return nil, id, fmt.Errorf("socket: %w", err)
 	}
 	fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
 	if err != nil {
-		return nil, fmt.Errorf("socket: %w", err)
+		return nil, id, fmt.Errorf("socket: %w", err)
 	}
 	// The directory is closed to others, so the mode before chmod lets nobody in.
 	err = unix.Bind(fd, &unix.SockaddrUnix{Name: path})
@@ -67,11 +70,14 @@ func listen(path string) (*os.File, error) {
 	if err == nil {
 		err = unix.Listen(fd, 128)
 	}
+	if err == nil {
+		id, err = idOf(path)
+	}
 	if err != nil {
 		_ = unix.Close(fd)
-		return nil, fmt.Errorf("socket %s: %w", path, err)
+		return nil, id, fmt.Errorf("socket %s: %w", path, err)
 	}
-	return os.NewFile(uintptr(fd), path), nil
+	return os.NewFile(uintptr(fd), path), id, nil
 }
 
 // pauseAfter slows down a loop that meets a lack of descriptors or memory.

@@ -62,7 +62,8 @@ func TestStopOutputsKeepsWhatIsInThePipe(t *testing.T) {
 		t.Fatal(err)
 	}
 	begin := time.Now()
-	stopOutputs(outputs, drainTime)
+	stopOutputs(outputs, drainTime, time.Minute)
+	closeOutputs(outputs)
 	if d := time.Since(begin); d > 1900*time.Millisecond {
 		t.Errorf("took %v: the streams waited one after the other", d)
 	}
@@ -155,7 +156,8 @@ func TestDrainIsBounded(t *testing.T) {
 	}()
 	go o.run(func(int, []byte) {})
 	begin := time.Now()
-	stopOutputs([]*output{o}, 50*time.Millisecond)
+	stopOutputs([]*output{o}, 50*time.Millisecond, time.Minute)
+	closeOutputs([]*output{o})
 	if d := time.Since(begin); d > time.Second {
 		t.Errorf("drain took %v", d)
 	}

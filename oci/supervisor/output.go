@@ -201,12 +201,27 @@ func (o *output) drain(raw syscall.RawConn, deliver func(stream int, p []byte)) 
 }
 
 // stopOutputs lets the outputs read on for at most d together, then what is in
-// their pipes, and closes them.
-func stopOutputs(outputs []*output, d time.Duration) {
+// their pipes. It reports whether they have ended within stuck after that: one
+// whose log disk does not answer has not.
+func stopOutputs(outputs []*output, d, stuck time.Duration) bool {
 	deadline := time.Now().Add(d)
 	for _, o := range outputs {
 		_ = o.file.SetReadDeadline(deadline)
 	}
+	limit := time.NewTimer(d + stuck)
+	defer limit.Stop()
+	for _, o := range outputs {
+		select {
+		case <-o.done:
+		case <-limit.C:
+			return false
+		}
+	}
+	return true
+}
+
+// closeOutputs waits for the end of the outputs, as long as it takes, and closes them.
+func closeOutputs(outputs []*output) {
 	for _, o := range outputs {
 		<-o.done
 		_ = o.file.Close()

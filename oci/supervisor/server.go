@@ -64,8 +64,6 @@ type Config struct {
 type Server struct {
 	cfg      Config
 	log      *slog.Logger
-	lock     *os.File
-	listener *os.File
 	children *children
 	score    int             // oom_score_adj of containers whose spec has none
 	ctx      context.Context // ends with Serve
@@ -82,6 +80,9 @@ type Server struct {
 	endOnce sync.Once
 
 	mu         sync.Mutex
+	lock       *os.File
+	listener   *os.File
+	socket     fileID // of the listener's file
 	containers map[id.Container]*container
 	kept       map[string]*os.File
 	conns      map[*conn]struct{}
@@ -102,10 +103,10 @@ func New(cfg Config) (_ *Server, err error) {
 	if err := os.Chmod(cfg.StateDir, 0o700); err != nil {
 		return nil, fmt.Errorf("state directory: %w", err)
 	}
-	if s.lock, err = takeLock(filepath.Join(cfg.StateDir, LockName)); err != nil {
+	if s.lock, err = takeLock(filepath.Join(cfg.StateDir, LockName), lockWait); err != nil {
 		return nil, err
 	}
-	if s.listener, err = listen(filepath.Join(cfg.StateDir, SocketName)); err != nil {
+	if s.listener, s.socket, err = listen(filepath.Join(cfg.StateDir, SocketName)); err != nil {
 		return nil, errors.Join(err, s.lock.Close())
 	}
 	return s, nil
@@ -141,7 +142,9 @@ func (s *Server) Serve(ctx context.Context) error {
 	var own sync.WaitGroup
 	own.Go(func() { s.children.reapOrphans(ctx) })
 	own.Go(func() { s.watchTerm(ctx) })
-	own.Go(s.accept)
+	l := s.listener
+	own.Go(func() { s.accept(l) })
+	own.Go(func() { s.guardState(ctx) })
 	s.touch()
 	s.log.Info("supervisor serves", "pid", os.Getpid(), "state", s.cfg.StateDir)
 	select {
@@ -154,7 +157,13 @@ func (s *Server) Serve(ctx context.Context) error {
 	s.cancel()
 	s.clients.Wait()
 	if !s.runs() {
-		s.lives.Wait()
+		ended := make(chan struct{})
+		go func() { s.lives.Wait(); close(ended) }()
+		select {
+		case <-ended:
+		case <-time.After(drainTime + stuckTime): // a log disk that does not answer
+			s.log.Error("leaving, although a log disk does not answer: the end of a log is lost")
+		}
 	}
 	leave()
 	return err
@@ -163,17 +172,22 @@ func (s *Server) Serve(ctx context.Context) error {
 // shut closes the socket, all connections and the lock, in this order: whoever
 // gets the lock next finds no socket of ours.
 func (s *Server) shut() error {
-	err := errors.Join(os.Remove(filepath.Join(s.cfg.StateDir, SocketName)), s.listener.Close())
 	s.mu.Lock()
 	s.ending = true
+	err := os.Remove(filepath.Join(s.cfg.StateDir, SocketName))
+	if errors.Is(err, os.ErrNotExist) { // the directory was wiped just now
+		err = nil
+	}
+	err = errors.Join(err, s.listener.Close())
 	if s.idle != nil {
 		s.idle.Stop()
 	}
 	for c := range s.conns {
 		c.close()
 	}
+	err = errors.Join(err, s.lock.Close())
 	s.mu.Unlock()
-	return errors.Join(err, s.lock.Close())
+	return err
 }
 
 func (s *Server) leave() { s.endOnce.Do(func() { close(s.end) }) }

@@ -3,6 +3,7 @@ package supervisor
 import (
 	"fmt"
 	"os"
+	"time"
 
 	"github.com/containerd/errdefs"
 
@@ -112,18 +113,46 @@ func (io *stdio) closeOurs() {
 	}
 }
 
-func (c *container) reopenLog(path string) error {
+func (c *container) reopenLog(s *Server, path string) error {
 	if _, err := c.running(); err != nil {
 		return err
 	}
 	c.mu.Lock()
-	log := c.log
+	log, r := c.log, c.reopening
+	if log != nil && r == nil {
+		r = &reopening{done: make(chan struct{})}
+		c.reopening = r
+		s.goNamed("reopen", func() {
+			err := log.Reopen(path)
+			c.mu.Lock()
+			r.err, c.reopening = err, nil
+			c.mu.Unlock()
+			close(r.done)
+		})
+	}
 	c.mu.Unlock()
 	if log == nil {
 		return fmt.Errorf("container %s has no log: %w", c.id, errdefs.ErrFailedPrecondition)
 	}
-	return log.Reopen(path)
+	limit := time.NewTimer(reopenTime)
+	defer limit.Stop()
+	select {
+	case <-r.done:
+		return r.err
+	case <-limit.C:
+		return fmt.Errorf("log %s: its disk has not answered for %v; it is reopened when it does: %w", path, reopenTime, errdefs.ErrUnavailable)
+	}
 }
+
+// reopening is a change of the log file under way. A disk that does not answer
+// makes it last; who asks again meanwhile waits for the same one.
+type reopening struct {
+	done chan struct{}
+	err  error // set before done is closed
+}
+
+// reopenTime is how long a request waits for it.
+const reopenTime = time.Second
 
 // stdinFile returns a descriptor for the container's stdin, which is the
 // caller's. With StdinOnce it is our own: the container sees the end of its

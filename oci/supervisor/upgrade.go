@@ -223,6 +223,7 @@ func Resume(cfg Config, memfd int) (*Server, error) {
 	if s.listener, err = found(e.Listener); err != nil {
 		return nil, errors.Join(fmt.Errorf("resume: socket: %w", err), s.lock.Close())
 	}
+	s.socket, _ = idOf(filepath.Join(cfg.StateDir, SocketName)) // gone: guardState makes it anew
 	for k, fd := range e.Kept {
 		if f, err := found(fd); err == nil {
 			s.kept[k] = f

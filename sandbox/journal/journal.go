@@ -103,6 +103,9 @@ func (b *Book) add(path string, line []byte) error {
 		return durable.WriteFile(path, line, 0o600, false)
 	}
 	if _, err := f.Write(line); err != nil {
+		if st.Size() == 0 { // a first one, of something that is not made then
+			return errors.Join(err, os.Remove(path))
+		}
 		// What is there of the line must not count later, should it be whole.
 		return errors.Join(err, f.Truncate(st.Size()))
 	}

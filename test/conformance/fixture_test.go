@@ -6,9 +6,7 @@ import (
 	"context"
 	"fmt"
 	"os"
-	"path/filepath"
 	"strings"
-	"sync/atomic"
 	"testing"
 	"time"
 
@@ -107,22 +105,11 @@ type pod struct {
 	config *cri.PodSandboxConfig
 }
 
-var serial atomic.Int64
-
 // preparePod makes a config with a fresh identity; the pod, if the test runs
 // one with it, is removed at the end.
 func preparePod(t *testing.T, change func(*cri.PodSandboxConfig)) *pod {
 	t.Helper()
-	n := serial.Add(1)
-	logs := filepath.Join(node.Dir, "log", fmt.Sprintf("pod%d", n))
-	p := &pod{config: &cri.PodSandboxConfig{
-		Metadata:     &cri.PodSandboxMetadata{Name: fmt.Sprintf("pod%d", n), Uid: fmt.Sprintf("uid-%d-%d", os.Getpid(), n), Namespace: "test"},
-		Hostname:     fmt.Sprintf("host%d", n),
-		LogDirectory: logs,
-		DnsConfig:    &cri.DNSConfig{Servers: []string{"192.0.2.53"}, Searches: []string{"test.example"}, Options: []string{"ndots:5"}},
-		Linux: &cri.LinuxPodSandboxConfig{SecurityContext: &cri.LinuxSandboxSecurityContext{
-			NamespaceOptions: &cri.NamespaceOption{Pid: cri.NamespaceMode_CONTAINER}}},
-	}}
+	p := &pod{config: node.PodConfig()}
 	if change != nil {
 		change(p.config)
 	}
@@ -161,15 +148,7 @@ func podStatus(t *testing.T, id string) *cri.PodSandboxStatus {
 }
 
 func containerConfig(args []string) *cri.ContainerConfig {
-	n := serial.Add(1)
-	return &cri.ContainerConfig{
-		Metadata: &cri.ContainerMetadata{Name: fmt.Sprintf("c%d", n)},
-		Image:    &cri.ImageSpec{Image: images.prog, UserSpecifiedImage: images.prog},
-		Args:     args,
-		LogPath:  fmt.Sprintf("c%d/0.log", n),
-		Linux: &cri.LinuxContainerConfig{SecurityContext: &cri.LinuxContainerSecurityContext{
-			NamespaceOptions: &cri.NamespaceOption{Pid: cri.NamespaceMode_CONTAINER}}},
-	}
+	return harness.ContainerConfig(images.prog, args...)
 }
 
 func createConfig(t *testing.T, p *pod, c *cri.ContainerConfig) string {

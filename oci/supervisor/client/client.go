@@ -10,6 +10,7 @@
 package client
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -66,6 +67,7 @@ type Client struct {
 	waitTime time.Duration
 
 	mu    sync.Mutex
+	why   error                                           // why the last try to connect again failed
 	link  *link                                           // nil while there is no connection
 	ready chan struct{}                                   // closed while link is set
 	kept  func(put func(keys []string, files []*os.File)) // nil before KeptBy
@@ -189,9 +191,13 @@ func (c *Client) run(l *link) {
 
 func (c *Client) reconnect() (*link, error) {
 	for pause := 10 * time.Millisecond; c.ctx.Err() == nil; pause = min(2*pause, time.Second) {
-		if l, err := c.open(c.ctx); err == nil {
+		l, err := c.open(c.ctx)
+		if err == nil {
 			return l, nil
 		}
+		c.mu.Lock()
+		c.why = err
+		c.mu.Unlock()
 		select {
 		case <-c.ctx.Done():
 		case <-time.After(pause):
@@ -288,8 +294,11 @@ func (c *Client) wait(ctx context.Context) (*link, error) {
 		case <-ctx.Done():
 			return nil, fmt.Errorf("supervisor: not connected: %w: %w", ctx.Err(), errdefs.ErrUnavailable)
 		case <-limit.C:
-			return nil, fmt.Errorf("supervisor: none could be reached or started for %v, see %s: %w", c.waitTime,
-				filepath.Join(c.cfg.StateDir, logName), errdefs.ErrUnavailable)
+			c.mu.Lock()
+			why := cmp.Or(c.why, wire.ErrBroken)
+			c.mu.Unlock()
+			return nil, fmt.Errorf("supervisor: none could be reached or started for %v, see %s: %w: %w", c.waitTime,
+				filepath.Join(c.cfg.StateDir, logName), why, errdefs.ErrUnavailable)
 		case <-c.ctx.Done():
 			return nil, fmt.Errorf("supervisor: client is closed: %w", errdefs.ErrUnavailable)
 		}

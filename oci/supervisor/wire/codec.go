@@ -211,9 +211,9 @@ func (c *Conn) fill() error {
 			}
 		}
 	}
-	// Descriptors were lost, for instance because our table is full.
+	// There is room for all that a message may have: our table is full.
 	if flags&unix.MSG_CTRUNC != 0 {
-		return fmt.Errorf("descriptors were cut off: %w", ErrProtocol)
+		return fmt.Errorf("descriptors were cut off: %w: %w", unix.EMFILE, ErrProtocol)
 	}
 	if n == 0 {
 		return io.EOF

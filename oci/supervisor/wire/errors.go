@@ -6,6 +6,8 @@ import (
 
 	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
+
+	"github.com/berth-runtime/berth/internal/durable"
 )
 
 // ErrUnknownProfile is the answer to a Create whose profile the supervisor does
@@ -35,12 +37,13 @@ func ToError(err error) *Error {
 	if err == nil {
 		return nil
 	}
+	err = durable.Explain(err) // the other side has the text only
 	for _, k := range kinds {
 		if errors.Is(err, k.kind) {
 			return &Error{Kind: k.word, Text: err.Error()}
 		}
 	}
-	if errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EMFILE) || errors.Is(err, unix.ENFILE) || errors.Is(err, unix.ENOMEM) {
+	if errors.Is(err, unix.EMFILE) || errors.Is(err, unix.ENFILE) || errors.Is(err, unix.ENOMEM) {
 		return &Error{Kind: "exhausted", Text: err.Error()}
 	}
 	return &Error{Kind: "internal", Text: err.Error()}
