@@ -77,6 +77,9 @@ func (s *Store) unknown(name, why string) leftover.Finding {
 		if _, ok := s.Get(d); ok {
 			return nil
 		}
+		if _, err := s.load(name); err != nil {
+			return s.setAside(path) // containers may run on it
+		}
 		trash, err := s.hide(path)
 		if err != nil {
 			return err
