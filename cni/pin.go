@@ -9,6 +9,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/berth-runtime/berth/internal/crashpoint"
 	"github.com/berth-runtime/berth/internal/id"
 )
 
@@ -51,6 +52,7 @@ func (p pins) add(pod id.Pod, ns *os.File) error {
 		return err
 	}
 	f.Close()
+	crashpoint.Here("cni", "pin", "file made")
 	if err := unix.Mount(fmt.Sprintf("/proc/self/fd/%d", ns.Fd()), p.path(pod), "", unix.MS_BIND, ""); err != nil {
 		return errors.Join(fmt.Errorf("pin network namespace: %w", err), os.Remove(p.path(pod)))
 	}
@@ -68,6 +70,7 @@ func (p pins) remove(pod id.Pod) error {
 	if err := unix.Unmount(p.path(pod), unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW); err != nil && err != unix.EINVAL && err != unix.ENOENT {
 		return fmt.Errorf("unpin network namespace: %w", err)
 	}
+	crashpoint.Here("cni", "pin", "unmounted")
 	if err := os.Remove(p.path(pod)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("unpin network namespace: %w", err)
 	}

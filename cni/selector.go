@@ -20,6 +20,7 @@ import (
 	"github.com/vishvananda/netlink"
 	"k8s.io/klog/v2"
 
+	"github.com/berth-runtime/berth/internal/crashpoint"
 	"github.com/berth-runtime/berth/internal/durable"
 	"github.com/berth-runtime/berth/internal/id"
 	"github.com/berth-runtime/berth/internal/kernel"
@@ -253,7 +254,9 @@ func (s *Selector) attach(ctx context.Context, p Pod, list *libcni.NetworkConfig
 	a := Attachment{Network: PluginNetwork, NetNSPath: s.pins.path(p.ID), State: state}
 	ns, err := s.namespace(p)
 	if err == nil {
+		crashpoint.Here("cni", "add", "do")
 		a.IPs, j.Result, err = s.add(ctx, list, rt, a.NetNSPath)
+		crashpoint.Here("cni", "add", "done")
 		if err == nil {
 			a.State, err = s.writeJournal(p.ID, j)
 		}
@@ -353,7 +356,9 @@ func (s *Selector) Detach(ctx context.Context, p Pod, a Attachment, netns *os.Fi
 func (s *Selector) del(ctx context.Context, p Pod, a Attachment, netns *os.File) error {
 	j, err := s.journalOf(p, a)
 	if err == nil && j != nil {
+		crashpoint.Here("cni", "del", "do")
 		err = s.runDel(ctx, j, netns)
+		crashpoint.Here("cni", "del", "done")
 	}
 	if err != nil {
 		return fmt.Errorf("detach pod %s: %w", id.Short(p.ID), err)
@@ -361,6 +366,7 @@ func (s *Selector) del(ctx context.Context, p Pod, a Attachment, netns *os.File)
 	if err := s.pins.remove(p.ID); err != nil {
 		return err
 	}
+	crashpoint.Here("cni", "pin", "removed")
 	if err := os.Remove(s.journalPath(p.ID)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("cni journal: %w", err)
 	}

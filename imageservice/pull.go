@@ -20,6 +20,7 @@ import (
 	"github.com/berth-runtime/berth/imageservice/index"
 	"github.com/berth-runtime/berth/imageservice/layer"
 	"github.com/berth-runtime/berth/imageservice/registry"
+	"github.com/berth-runtime/berth/internal/crashpoint"
 )
 
 // parallelLayers is how many layers of one image are fetched at a time.
@@ -291,9 +292,11 @@ func (s *Service) layersOf(ctx context.Context, repo *registry.Repository, src *
 	for _, f := range got {
 		ready = append(ready, f.staged)
 	}
+	crashpoint.Here("pull image", "layers", "staged")
 	if err == nil {
 		err = s.layers.Commit(ready)
 	}
+	crashpoint.Here("pull image", "layers", "visible")
 	for _, f := range got {
 		s.drop(f)
 	}
@@ -348,6 +351,7 @@ func (s *Service) name(ctx context.Context, ref reference.Named, src *registry.I
 	if err := s.dir.Save(rec); err != nil {
 		return nil, err
 	}
+	crashpoint.Here("pull image", "name", "given")
 	for _, l := range losers {
 		// Not fatal: the number on the tag decides at the next start.
 		if err := s.dir.Save(l); err != nil {

@@ -21,6 +21,7 @@ import (
 	"github.com/berth-runtime/berth/imageservice/index"
 	"github.com/berth-runtime/berth/imageservice/layer"
 	"github.com/berth-runtime/berth/imageservice/registry"
+	"github.com/berth-runtime/berth/internal/crashpoint"
 	"github.com/berth-runtime/berth/internal/durable"
 )
 
@@ -273,6 +274,7 @@ func (s *Service) Remove(ctx context.Context, ref string) error {
 		s.unlockIndex()
 		return err
 	}
+	crashpoint.Here("remove image", "name", "do")
 	s.mu.Lock()
 	old := s.images[img.ID].rec
 	rec := old.Clone()
@@ -310,6 +312,7 @@ func (s *Service) Sweep(ctx context.Context) error {
 	s.mu.Lock()
 	s.swept = true
 	s.mu.Unlock()
+	crashpoint.Here("sweep images")
 	return errors.Join(s.collect(ctx), s.layers.Sweep())
 }
 
@@ -341,7 +344,9 @@ func (s *Service) collect(ctx context.Context) error {
 			s.mu.Unlock()
 			continue
 		}
+		crashpoint.Here("collect image", "record", "deleted")
 		errs = append(errs, s.layers.Release(e.rec.Layers...))
+		crashpoint.Here("collect image", "layers", "released")
 	}
 	return errors.Join(errs...)
 }

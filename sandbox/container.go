@@ -9,6 +9,7 @@ import (
 	"github.com/containerd/errdefs"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 
+	"github.com/berth-runtime/berth/internal/crashpoint"
 	"github.com/berth-runtime/berth/internal/id"
 	"github.com/berth-runtime/berth/internal/ranked"
 	"github.com/berth-runtime/berth/sandbox/lifecycle"
@@ -111,6 +112,7 @@ func (e *Engine) stepContainerLocked(c *container, ev lifecycle.Event, change fu
 		rec.orderTimes()
 	}
 	for _, f := range effects {
+		crashpoint.Here("container", string(ev), string(f))
 		switch f {
 		case lifecycle.Journal:
 			err := e.ctrBook.Write(string(c.id), &rec)
@@ -140,6 +142,7 @@ func (e *Engine) stepContainerLocked(c *container, ev lifecycle.Event, change fu
 	if next == lifecycle.Exited && was != lifecycle.Exited {
 		close(c.exited)
 	}
+	crashpoint.Here("container", string(ev), "done")
 	return nil
 }
 

@@ -17,6 +17,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/berth-runtime/berth/imageservice"
+	"github.com/berth-runtime/berth/internal/crashpoint"
 	"github.com/berth-runtime/berth/internal/id"
 	"github.com/berth-runtime/berth/internal/kernel"
 	"github.com/berth-runtime/berth/oci"
@@ -73,6 +74,7 @@ func (e *Engine) createContainer(ctx context.Context, p *pod, cfg *ContainerConf
 		return "", fmt.Errorf("config.image: %w", err)
 	}
 	b.image = img
+	crashpoint.Here("create container", "image", "pinned")
 	if err := b.acquireVolumes(); err != nil {
 		e.cfg.Images.Release(string(c.id))
 		return "", err
@@ -292,6 +294,7 @@ func (b *containerBuild) folders(ctx context.Context) error {
 		if err := os.Mkdir(d, mode); err != nil {
 			return err
 		}
+		crashpoint.Here("create container", "folders", "one made")
 	}
 	if b.spec.Hooks != nil {
 		if err := b.bundle(dir); err != nil {

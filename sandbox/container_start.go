@@ -11,6 +11,7 @@ import (
 	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
 
+	"github.com/berth-runtime/berth/internal/crashpoint"
 	"github.com/berth-runtime/berth/internal/id"
 	"github.com/berth-runtime/berth/oci/supervisor/wire"
 	"github.com/berth-runtime/berth/sandbox/lifecycle"
@@ -102,7 +103,10 @@ func (e *Engine) launch(ctx context.Context, rec containerRecord) (wire.StartRep
 			return wire.StartReply{}, fmt.Errorf("log_path: %w", err)
 		}
 	}
-	return e.cfg.Runtime.Start(ctx, wire.Start{ID: rec.ID, LogPath: rec.LogPath})
+	crashpoint.Here("start container", "log folder", "made")
+	reply, err := e.cfg.Runtime.Start(ctx, wire.Start{ID: rec.ID, LogPath: rec.LogPath})
+	crashpoint.Here("start container", "start", "answered")
+	return reply, err
 }
 
 // launches is how many supervisors in a row may die at the start of one container.

@@ -11,6 +11,7 @@ import (
 	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
 
+	"github.com/berth-runtime/berth/internal/crashpoint"
 	"github.com/berth-runtime/berth/internal/id"
 	"github.com/berth-runtime/berth/internal/ranked"
 	"github.com/berth-runtime/berth/oci/supervisor/wire"
@@ -136,13 +137,17 @@ func (e *Engine) end(c *container) {
 		if err != nil {
 			sig = unix.SIGTERM
 		}
+		crashpoint.Here("stop container", "signal", "do")
 		tell(ended(e.signal(c, wire.Signal{ID: c.id, Signal: int(sig)})), "Stop signal", "container", c.id)
+		crashpoint.Here("stop container", "signal", "done")
 	}
 	for pause := killAgain; ; {
 		at, sooner := c.ending.when()
 		wait := time.Until(at)
 		if wait <= 0 {
+			crashpoint.Here("stop container", "kill", "do")
 			tell(ended(e.signal(c, wire.Signal{ID: c.id, Signal: int(unix.SIGKILL), All: true})), "Kill", "container", c.id)
+			crashpoint.Here("stop container", "kill", "done")
 			wait, pause = pause, min(2*pause, killRarely)
 		}
 		t := time.NewTimer(wait)
@@ -214,6 +219,7 @@ func (e *Engine) removeContainer(ctx context.Context, c *container) error {
 		{name: "layer", do: func(context.Context) error { return e.removeLayer(c.id) }},
 		{name: "forget", do: func(context.Context) error {
 			e.cfg.Images.Release(string(c.id))
+			crashpoint.Here("remove container", "image", "released")
 			e.collector.Forget(c.record().Cgroup)
 			return e.stepContainer(c, lifecycle.Removed, nil)
 		}},
@@ -262,9 +268,11 @@ func (e *Engine) updateContainer(ctx context.Context, c *container, r *Resources
 	if err != nil {
 		return err
 	}
+	crashpoint.Here("update container", "update", "do")
 	if err := e.cfg.Runtime.Update(ctx, wire.Update{ID: c.id, Resources: change}); err != nil {
 		return fmt.Errorf("container %s: update: %w", id.Short(c.id), err)
 	}
+	crashpoint.Here("update container", "update", "done")
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.rec.Resources = merge(c.rec.Resources, *r)
@@ -272,6 +280,7 @@ func (e *Engine) updateContainer(ctx context.Context, c *container, r *Resources
 	err = e.ctrBook.Write(string(c.id), &c.rec)
 	c.owed = err != nil
 	tell(err, "Container record is not written", "container", c.id)
+	crashpoint.Here("update container", "record", "written")
 	return nil
 }
 
@@ -329,5 +338,8 @@ func (e *Engine) ReopenLog(ctx context.Context, ref string) error {
 	if rec.LogPath == "" {
 		return fmt.Errorf("container %s: has no log: %w", id.Short(c.id), errdefs.ErrFailedPrecondition)
 	}
-	return e.cfg.Runtime.ReopenLog(ctx, wire.ReopenLog{ID: c.id, Path: rec.LogPath})
+	crashpoint.Here("reopen log", "do")
+	err = e.cfg.Runtime.ReopenLog(ctx, wire.ReopenLog{ID: c.id, Path: rec.LogPath})
+	crashpoint.Here("reopen log", "done")
+	return err
 }

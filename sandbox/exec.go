@@ -13,6 +13,7 @@ import (
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 
+	"github.com/berth-runtime/berth/internal/crashpoint"
 	"github.com/berth-runtime/berth/internal/id"
 	"github.com/berth-runtime/berth/oci/supervisor/wire"
 )
@@ -87,7 +88,9 @@ func (e *Engine) ExecSync(ctx context.Context, ref string, cmd []string, timeout
 	}
 	defer errR.Close()
 	x := id.NewExec()
+	crashpoint.Here("exec", "start", "do")
 	_, _, exit, err := e.cfg.Streams.Exec(ctx, wire.Exec{ID: c.id, Exec: x, Process: rec.process(cmd, false)}, nil, outW, errW)
+	crashpoint.Here("exec", "start", "done")
 	outW.Close()
 	errW.Close()
 	if err != nil {
@@ -107,7 +110,9 @@ func (e *Engine) ExecSync(ctx context.Context, ref string, cmd []string, timeout
 	}
 	select {
 	case end := <-exit:
+		crashpoint.Here("exec", "exit", "known")
 		e.drain(&readers, outR, errR)
+		crashpoint.Here("exec", "output", "read")
 		return &ExecResult{Stdout: stdout.buf, Stderr: stderr.buf, ExitCode: int32(end.Code)}, nil
 	case <-alarm:
 		err = fmt.Errorf("command %q ran longer than %v: %w", cmd[0], timeout, context.DeadlineExceeded)
@@ -152,7 +157,9 @@ func (e *Engine) drain(readers *sync.WaitGroup, files ...*os.File) {
 func (e *Engine) killExec(c id.Container, x id.Exec, exit <-chan wire.Exit) {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(e.ctx), 10*time.Second)
 	defer cancel()
+	crashpoint.Here("exec", "kill", "do")
 	tell(ended(e.cfg.Runtime.Signal(ctx, wire.Signal{ID: c, Exec: x, Signal: int(unix.SIGKILL), All: true})), "Kill of an exec", "container", c)
+	crashpoint.Here("exec", "kill", "done")
 	if exit == nil {
 		return
 	}

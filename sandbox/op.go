@@ -9,6 +9,7 @@ import (
 	"github.com/containerd/errdefs"
 	"k8s.io/klog/v2"
 
+	"github.com/berth-runtime/berth/internal/crashpoint"
 	"github.com/berth-runtime/berth/internal/ranked"
 )
 
@@ -119,7 +120,9 @@ func attempt(ctx context.Context, name string, f func(context.Context) error) (e
 func (e *Engine) run(ctx context.Context, name string, steps []step) (undone error, err error) {
 	for i, s := range steps {
 		began := time.Now()
+		crashpoint.Here(name, s.name, "do")
 		err := attempt(ctx, s.name, s.do)
+		crashpoint.Here(name, s.name, "done")
 		d := time.Since(began)
 		if e.cfg.Observe != nil {
 			e.cfg.Observe(name, s.name, d, err)
@@ -133,9 +136,11 @@ func (e *Engine) run(ctx context.Context, name string, steps []step) (undone err
 		var errs []error
 		for j := i; j >= 0; j-- {
 			if u := steps[j].undo; u != nil && (j < i || steps[j].partial) {
+				crashpoint.Here(name, steps[j].name, "undo")
 				if uerr := attempt(back, steps[j].name, u); uerr != nil {
 					errs = append(errs, fmt.Errorf("undo of %s: %w", steps[j].name, uerr))
 				}
+				crashpoint.Here(name, steps[j].name, "undone")
 			}
 		}
 		return errors.Join(errs...), err

@@ -19,6 +19,7 @@ import (
 	"k8s.io/klog/v2"
 
 	"github.com/berth-runtime/berth/cni"
+	"github.com/berth-runtime/berth/internal/crashpoint"
 	"github.com/berth-runtime/berth/internal/id"
 	"github.com/berth-runtime/berth/internal/ranked"
 	"github.com/berth-runtime/berth/sandbox/lifecycle"
@@ -96,6 +97,7 @@ func (e *Engine) stepPod(p *pod, ev lifecycle.Event, change func(*podRecord)) er
 		e.forgotten(string(p.rec.Init), rec.containerIn(p.rec.Init))
 	}
 	for _, f := range effects {
+		crashpoint.Here("pod", string(ev), string(f))
 		switch f {
 		case lifecycle.Journal:
 			err := e.podBook.Write(string(p.id), &rec)
@@ -117,6 +119,7 @@ func (e *Engine) stepPod(p *pod, ev lifecycle.Event, change func(*podRecord)) er
 		}
 	}
 	p.rec = rec
+	crashpoint.Here("pod", string(ev), "done")
 	return nil
 }
 

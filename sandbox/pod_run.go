@@ -14,6 +14,7 @@ import (
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 
+	"github.com/berth-runtime/berth/internal/crashpoint"
 	"github.com/berth-runtime/berth/internal/id"
 	"github.com/berth-runtime/berth/internal/kernel"
 	"github.com/berth-runtime/berth/internal/version"
@@ -172,6 +173,7 @@ func (e *Engine) runPod(ctx context.Context, c *PodConfig) (id.Pod, error) {
 	if r := p.record(); r.OwnCgroup {
 		e.removeCgroup(r.Cgroup)
 	}
+	crashpoint.Here("run pod sandbox", "cgroup", "removed")
 	return "", errors.Join(err, e.stepPod(p, lifecycle.Failed, nil))
 }
 
@@ -369,6 +371,7 @@ func (b *podBuild) init(ctx context.Context) error {
 		namespaces = append(namespaces, specs.LinuxNamespace{Type: specs.UserNamespace})
 		join[specs.UserNamespace] = fdKey(b.p.id, string(kernel.UserNS))
 	}
+	crashpoint.Here("init", "on record")
 	err := b.e.cfg.Runtime.Create(ctx, wire.Create{
 		ID: init, PodInit: true, Rootfs: oci.Rootfs{}, Namespaces: join,
 		Spec: &specs.Spec{
@@ -383,6 +386,7 @@ func (b *podBuild) init(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	crashpoint.Here("init", "created")
 	_, err = b.e.cfg.Runtime.Start(ctx, wire.Start{ID: init})
 	return err
 }

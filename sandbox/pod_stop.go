@@ -9,6 +9,7 @@ import (
 
 	"github.com/containerd/errdefs"
 
+	"github.com/berth-runtime/berth/internal/crashpoint"
 	"github.com/berth-runtime/berth/internal/id"
 	"github.com/berth-runtime/berth/sandbox/lifecycle"
 )
@@ -92,20 +93,25 @@ func (e *Engine) takeDownPod(ctx context.Context, p *pod) error {
 	if err := errors.Join(errs...); err != nil {
 		return fmt.Errorf("%w: %w", errRuns, err)
 	}
+	crashpoint.Here("take down pod", "containers", "stopped")
 	rec := p.record()
 	if rec.Init != "" {
 		errs[len(cs)] = e.deleteContainer(ctx, rec.Init, rec.containerIn(rec.Init))
 	}
+	crashpoint.Here("take down pod", "init", "deleted")
 	if rec.Config.Namespaces.Network != NamespaceNode {
 		errs[len(cs)+1] = e.detach(ctx, p)
 	}
+	crashpoint.Here("take down pod", "network", "detached")
 	if errs[len(cs)] != nil {
 		return errs[len(cs)] // a process of the shared PID namespace goes on
 	}
 	if errs[len(cs)+1] == nil { // else the next Detach wants the namespace again
 		errs[len(cs)+2] = e.letGo(ctx, p)
 	}
+	crashpoint.Here("take down pod", "namespaces", "let go")
 	errs[len(cs)+3] = os.RemoveAll(e.podDir(p.id))
+	crashpoint.Here("take down pod", "files", "removed")
 	return errors.Join(errs...)
 }
 
@@ -170,6 +176,7 @@ func (e *Engine) removePod(ctx context.Context, p *pod) error {
 	if rec := p.record(); rec.OwnCgroup {
 		e.removeCgroup(rec.Cgroup)
 	}
+	crashpoint.Here("remove pod sandbox", "cgroup", "removed")
 	e.collector.Forget(p.record().Cgroup)
 	return e.stepPod(p, lifecycle.Removed, nil)
 }

@@ -15,6 +15,7 @@ import (
 	"k8s.io/klog/v2"
 
 	"github.com/berth-runtime/berth/cni"
+	"github.com/berth-runtime/berth/internal/crashpoint"
 	"github.com/berth-runtime/berth/internal/id"
 	"github.com/berth-runtime/berth/oci/supervisor/wire"
 	"github.com/berth-runtime/berth/sandbox/lifecycle"
@@ -36,7 +37,9 @@ func (e *Engine) recover(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	crashpoint.Here("recover", "supervisor", "asked")
 	e.load()
+	crashpoint.Here("recover", "records", "read")
 	v := e.view.Load()
 	for _, c := range v.containers {
 		// Containers are made in ready pods only: the line that said so was lost with the power.
@@ -50,12 +53,14 @@ func (e *Engine) recover(ctx context.Context) error {
 	for _, p := range v.pods {
 		e.lastCreate.Store(max(e.lastCreate.Load(), p.created))
 		e.recoverPod(p, known)
+		crashpoint.Here("recover", "pod", "done")
 	}
 	starting := false
 	for _, c := range v.containers {
 		e.lastCreate.Store(max(e.lastCreate.Load(), c.created))
 		starting = starting || c.record().State == lifecycle.Starting
 		e.recoverContainer(c, known[c.id])
+		crashpoint.Here("recover", "container", "done")
 	}
 	if starting {
 		e.owned.Go(e.lookAgain)
@@ -224,6 +229,7 @@ func (e *Engine) unmakePod(ctx context.Context, p *pod) error {
 		}
 		return errors.Join(err, e.stepPod(p, lifecycle.Stop, func(r *podRecord) { r.Reason = err.Error() }))
 	}
+	crashpoint.Here("unmake pod", "taken down")
 	if rec := p.record(); rec.OwnCgroup {
 		e.removeCgroup(rec.Cgroup)
 	}
@@ -395,6 +401,7 @@ func (e *Engine) unmakeContainer(ctx context.Context, c *container) error {
 		})
 		return err
 	}
+	crashpoint.Here("unmake container", "taken down")
 	return e.stepContainer(c, lifecycle.Failed, nil)
 }
 

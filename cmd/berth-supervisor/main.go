@@ -12,6 +12,7 @@ import (
 	"runtime/debug"
 	"time"
 
+	"github.com/berth-runtime/berth/internal/crashpoint"
 	"github.com/berth-runtime/berth/internal/id"
 	"github.com/berth-runtime/berth/internal/version"
 	"github.com/berth-runtime/berth/oci"
@@ -24,6 +25,7 @@ import (
 const leftoverTime = 4 * time.Second
 
 func main() {
+	crashpoint.Arm(crashpoint.Supervisor)
 	state := flag.String("state", "", "state `directory`, an absolute path (socket, lock, log)")
 	resume := flag.Int("resume", -1, "`descriptor` of what the program before this one left, for an upgrade in place")
 	showVersion := flag.Bool("version", false, "print the version and exit")

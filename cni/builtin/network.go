@@ -38,6 +38,7 @@ import (
 	"k8s.io/klog/v2"
 
 	"github.com/berth-runtime/berth/cni"
+	"github.com/berth-runtime/berth/internal/crashpoint"
 	"github.com/berth-runtime/berth/internal/id"
 	"github.com/berth-runtime/berth/internal/undo"
 )
@@ -278,6 +279,7 @@ func (n *Network) Attach(ctx context.Context, p cni.Pod) (cni.Attachment, *os.Fi
 	var u undo.Stack
 	u.Push(func() error { n.forget(r); return nil })
 	w, err := n.namespace(p.NetNS)
+	crashpoint.Here("built-in network", "namespace", "wired")
 	if err == nil {
 		u.Push(w.ns.Close)
 		err = n.bind(r, w, p, &u)
@@ -380,6 +382,7 @@ func (n *Network) bind(r *record, w *ready, p cni.Pod, u *undo.Stack) error {
 			return fmt.Errorf("publish ports on ::1: %w", err)
 		}
 	}
+	crashpoint.Here("built-in network", "ports", "do")
 	err = n.fw.add(r.Ports)
 	if errors.Is(err, unix.ENOENT) { // somebody flushed the ruleset
 		n.assert()
@@ -389,6 +392,7 @@ func (n *Network) bind(r *record, w *ready, p cni.Pod, u *undo.Stack) error {
 		return fmt.Errorf("publish ports: %w", err)
 	}
 	u.Push(func() error { return n.fw.del(r.Ports) })
+	crashpoint.Here("built-in network", "ports", "published")
 	n.forgetUDP(r.Ports)
 	return nil
 }
@@ -435,6 +439,7 @@ func (n *Network) detach(pod id.Pod) error {
 		}
 		n.forgetUDP(r.Ports)
 	}
+	crashpoint.Here("built-in network", "ports", "withdrawn")
 	if err := n.store.remove(pod); err != nil {
 		return err
 	}

@@ -30,6 +30,7 @@ import (
 	"github.com/opencontainers/go-digest"
 	"golang.org/x/sys/unix"
 
+	"github.com/berth-runtime/berth/internal/crashpoint"
 	"github.com/berth-runtime/berth/internal/durable"
 )
 
@@ -329,11 +330,13 @@ func (s *Store) reap(walk func(func(*entry))) error {
 func (s *Store) hide(p string) (string, error) {
 	// No folder is made for it: that would not work on a full disk, where deleting must.
 	trash := filepath.Join(s.staging(), "trash-"+rand.Text())
+	crashpoint.Here("layer", "hide", "do")
 	s.claim(trash)
 	if err := os.Rename(p, trash); err != nil {
 		s.release(trash)
 		return "", err
 	}
+	crashpoint.Here("layer", "hide", "done")
 	return trash, nil
 }
 
@@ -387,6 +390,7 @@ func (s *Store) Stage() (*Staged, error) {
 	if err != nil {
 		return nil, fmt.Errorf("layer store: %w", err)
 	}
+	crashpoint.Here("layer", "stage", "made")
 	st := &Staged{store: s, dir: dir}
 	if err := errors.Join(os.Chmod(dir, 0o711), os.Mkdir(st.FS(), 0o755), os.Chmod(st.FS(), 0o755)); err != nil {
 		return nil, errors.Join(fmt.Errorf("layer store: %w", err), s.empty(dir))
@@ -437,6 +441,7 @@ func (s *Store) Commit(layers []*Staged) error {
 	if err := s.sync(); err != nil {
 		return err
 	}
+	crashpoint.Here("layer", "commit", "synced")
 	var held []digest.Digest
 	for _, t := range layers {
 		if err := t.commit(); err != nil {
@@ -444,6 +449,7 @@ func (s *Store) Commit(layers []*Staged) error {
 			return fmt.Errorf("layer %s: %w", t.info.DiffID, err)
 		}
 		held = append(held, t.info.DiffID)
+		crashpoint.Here("layer", "commit", "one visible")
 	}
 	if err := durable.SyncDir(s.layers()); err != nil {
 		s.Unhold(held...)

@@ -7,6 +7,8 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+
+	"github.com/berth-runtime/berth/internal/crashpoint"
 )
 
 // WriteFile replaces path with data by rename. With sync the data is on disk
@@ -21,6 +23,7 @@ func WriteFile(path string, data []byte, mode fs.FileMode, sync bool) error {
 	fail := func(err error) error {
 		return errors.Join(err, f.Close(), os.Remove(f.Name()))
 	}
+	crashpoint.Here("file", "made")
 	if _, err := f.Write(data); err != nil {
 		return fail(err)
 	}
@@ -32,9 +35,11 @@ func WriteFile(path string, data []byte, mode fs.FileMode, sync bool) error {
 			return fail(err)
 		}
 	}
+	crashpoint.Here("file", "written")
 	if err := os.Rename(f.Name(), path); err != nil {
 		return fail(err)
 	}
+	crashpoint.Here("file", "renamed")
 	if err := f.Close(); err != nil {
 		return err
 	}

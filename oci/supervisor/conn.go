@@ -15,6 +15,7 @@ import (
 	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
 
+	"github.com/berth-runtime/berth/internal/crashpoint"
 	"github.com/berth-runtime/berth/oci/supervisor/wire"
 )
 
@@ -178,7 +179,9 @@ func (c *conn) serve(f wire.Frame, files []*os.File) {
 			}
 		}
 	}()
+	crashpoint.Here("serve", string(f.Op), "do")
 	body, out, after, err := c.pass(f, files)
+	crashpoint.Here("serve", string(f.Op), "done")
 	replied = true
 	c.reply(f.ID, body, out, err)
 	if after != nil {
@@ -269,6 +272,7 @@ func (c *conn) send() {
 		for _, m := range queue {
 			err := c.wire.SendEncoded(m.bytes, m.files...)
 			m.done()
+			crashpoint.Here("send", "done")
 			if err != nil {
 				c.close() // the rest fails at once and its files are closed
 			}

@@ -13,6 +13,7 @@ import (
 	"github.com/containerd/errdefs"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 
+	"github.com/berth-runtime/berth/internal/crashpoint"
 	"github.com/berth-runtime/berth/internal/id"
 	"github.com/berth-runtime/berth/oci"
 	"github.com/berth-runtime/berth/oci/supervisor/crilog"
@@ -167,7 +168,9 @@ func (c *container) launch(s *Server, io *stdio, logPath string) (wire.StartRepl
 	forked := s.children.forking()
 	ctx, cancel := context.WithTimeout(context.Background(), startTime) // for its hooks
 	defer cancel()
+	crashpoint.Here("start", "stdio", "made")
 	p, err := c.oci.Start(ctx, io.child)
+	crashpoint.Here("start", "program", "runs")
 	if err == nil {
 		s.children.add(p.Pid)
 	}
@@ -210,6 +213,7 @@ func (c *container) beforeKill() {
 // watch waits for the end of the first process and publishes it.
 func (c *container) watch(s *Server, first *process, io *stdio) {
 	e := first.wait(s.children)
+	crashpoint.Here("exit", "reaped")
 	e.ID = c.id
 	c.life.RLock()
 	// Whatever is left in the cgroup has lost its first process and would hold
@@ -224,6 +228,7 @@ func (c *container) watch(s *Server, first *process, io *stdio) {
 		c.mu.Unlock()
 	}
 	c.life.RUnlock()
+	crashpoint.Here("exit", "others", "killed")
 	if stopOutputs(io.outputs, drainTime, stuckTime) {
 		c.closeLog(s, io)
 	} else {
@@ -231,6 +236,7 @@ func (c *container) watch(s *Server, first *process, io *stdio) {
 		s.log.Error("log disk does not answer: the end of the container's output is not in its log yet", "container", string(c.id))
 		s.goNamed("log", func() { c.closeLog(s, io) })
 	}
+	crashpoint.Here("exit", "output", "written")
 	c.attached.end()
 	c.mu.Lock()
 	if c.stdinEnd != nil {
@@ -284,6 +290,7 @@ func (c *container) exec(s *Server, owner *conn, r wire.Exec, io oci.Stdio) (_ w
 	defer c.life.RUnlock()
 	forked := s.children.forking()
 	p, err := c.oci.Exec(context.Background(), r.Process, io)
+	crashpoint.Here("exec", "program", "runs")
 	if err == nil {
 		s.children.add(p.Pid)
 	}
@@ -340,6 +347,7 @@ func (c *container) hangUp(owner *conn) {
 
 func (c *container) watchExec(s *Server, x *exec) {
 	e := x.wait(s.children)
+	crashpoint.Here("exec", "reaped")
 	e.ID, e.Exec = c.id, x.id
 	c.mu.Lock()
 	delete(c.execs, x.id)
@@ -475,6 +483,7 @@ func (c *container) remove(s *Server) error {
 	}
 	defer c.life.Unlock()
 	c.attached.end()
+	crashpoint.Here("delete", "processes", "ended")
 	forked := s.children.forking() // it may run hooks
 	defer forked()
 	return c.oci.Delete()

@@ -12,6 +12,7 @@ import (
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 
+	"github.com/berth-runtime/berth/internal/crashpoint"
 	"github.com/berth-runtime/berth/internal/id"
 	"github.com/berth-runtime/berth/internal/version"
 	"github.com/berth-runtime/berth/oci"
@@ -288,6 +289,7 @@ func (s *Server) create(f wire.Frame) error {
 		close(c.made)
 	}()
 	s.complete(&r)
+	crashpoint.Here("create", "make", "do")
 	c.oci, c.makeErr = s.make(rt, r, digest)
 	return c.makeErr
 }
@@ -473,6 +475,7 @@ func (s *Server) keep(f wire.Frame, files []*os.File) (out []*os.File, err error
 		}
 	}
 	s.mu.Unlock()
+	crashpoint.Here("keep", string(f.Op), "known")
 	// The last reference of a namespace or mount goes here: outside the lock.
 	wire.CloseFiles(old)
 	s.touch()

@@ -30,6 +30,7 @@ import (
 
 	"github.com/containerd/errdefs"
 
+	"github.com/berth-runtime/berth/internal/crashpoint"
 	"github.com/berth-runtime/berth/internal/durable"
 	"github.com/berth-runtime/berth/internal/id"
 )
@@ -102,6 +103,7 @@ func (b *Book) add(path string, line []byte) error {
 	if st.Size() > 0 && st.Size()+int64(len(line)) > maxSize {
 		return durable.WriteFile(path, line, 0o600, false)
 	}
+	crashpoint.Here("journal", "opened")
 	if _, err := f.Write(line); err != nil {
 		if st.Size() == 0 { // a first one, of something that is not made then
 			return errors.Join(err, os.Remove(path))
