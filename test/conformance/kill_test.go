@@ -3,6 +3,7 @@ package conformance
 import (
 	"context"
 	"fmt"
+	"maps"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
@@ -14,10 +15,9 @@ import (
 	"testing"
 	"time"
 
-	"google.golang.org/grpc/codes"
-	"google.golang.org/grpc/status"
 	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
 
+	"github.com/berth-runtime/berth/test/harness"
 	"github.com/berth-runtime/berth/test/testimage"
 )
 
@@ -34,26 +34,14 @@ func kills(t *testing.T) int {
 	return 15
 }
 
-// insist repeats call as a kubelet does until it succeeds. Only errors of a
-// daemon that is away, or was interrupted, may come between.
+// insist repeats call as a kubelet does until it succeeds.
 func insist(t *testing.T, what string, call func(context.Context) error) bool {
 	t.Helper()
-	for deadline := time.Now().Add(30 * time.Second); ; time.Sleep(3 * time.Millisecond) {
-		c, cancel := context.WithTimeout(context.Background(), 20*time.Second)
-		err := call(c)
-		cancel()
-		if err == nil {
-			return true
-		}
-		if code := status.Code(err); code != codes.Unavailable && code != codes.Canceled {
-			t.Errorf("%s: %v", what, err)
-			return false
-		}
-		if time.Now().After(deadline) {
-			t.Errorf("%s: still %v after 30 s", what, err)
-			return false
-		}
+	if err := harness.Insist(call); err != nil {
+		t.Errorf("%s: %v", what, err)
+		return false
 	}
+	return true
 }
 
 // churn lives pods, one after the other, and repeats each call until it
@@ -90,18 +78,7 @@ func churn(t *testing.T, worker int, image string, stop *atomic.Bool) (lives int
 			ctr = r.GetContainerId()
 			return err
 		}) && insist(t, "StartContainer", func(c context.Context) error {
-			_, err := rt.StartContainer(c, &cri.StartContainerRequest{ContainerId: ctr})
-			if status.Code(err) == codes.FailedPrecondition { // an answer that was lost: it runs already
-				s, serr := rt.ContainerStatus(c, &cri.ContainerStatusRequest{ContainerId: ctr})
-				if serr != nil {
-					return serr
-				}
-				if s.Status.State == cri.ContainerState_CONTAINER_RUNNING {
-					return nil
-				}
-				return fmt.Errorf("%w; state %v %s: %s", err, s.Status.State, s.Status.Reason, s.Status.Message)
-			}
-			return err
+			return node.StartContainer(c, ctr)
 		}) && insist(t, "ExecSync", func(c context.Context) error {
 			r, err := rt.ExecSync(c, &cri.ExecSyncRequest{ContainerId: ctr, Cmd: []string{"/bin/true"}, Timeout: 10})
 			if err == nil && r.ExitCode != 0 {
@@ -176,7 +153,7 @@ func TestKilledAtRandomMoments(t *testing.T) {
 	}
 	restart(t, nil) // the last start sweeps what kills left
 	for deadline := time.Now().Add(15 * time.Second); ; time.Sleep(50 * time.Millisecond) {
-		left := missing(before, traces(t))
+		left := traces(t).Beyond(before)
 		if len(left) == 0 {
 			return
 		}
@@ -186,47 +163,13 @@ func TestKilledAtRandomMoments(t *testing.T) {
 	}
 }
 
-// traces are what Berth keeps for pods and containers: files below its folders
-// (the images' apart, whose names are digests, are included), descriptors that
-// the supervisor keeps, links and cgroups.
-func traces(t *testing.T) map[string]bool {
+// traces are what Berth keeps for pods, containers and images, and their cgroups.
+func traces(t *testing.T) harness.Traces {
 	t.Helper()
-	out := map[string]bool{}
-	for _, top := range []string{"root", "run"} {
-		_ = filepath.WalkDir(filepath.Join(node.Dir, top), func(path string, d os.DirEntry, err error) error {
-			if err == nil && !strings.HasSuffix(path, "/run/berthd.lock") {
-				out["file "+path] = true
-			}
-			return nil
-		})
-	}
-	for _, h := range hierarchies(t) {
-		_ = filepath.WalkDir(h, func(path string, d os.DirEntry, err error) error {
-			if err == nil && d.IsDir() && strings.Contains(path, "/berth/") { // the parent itself stays
-				out["cgroup "+path] = true
-			}
-			return nil
-		})
-	}
-	fds, err := os.ReadDir(fmt.Sprintf("/proc/%d/fd", node.SupervisorPid()))
+	out, err := harness.Cgroups("/berth") // the parent itself stays
 	if err != nil {
-		return out // the supervisor went: it had nothing to keep
+		t.Fatal(err)
 	}
-	for _, fd := range fds {
-		target, _ := os.Readlink(fmt.Sprintf("/proc/%d/fd/%s", node.SupervisorPid(), fd.Name()))
-		if strings.Contains(target, "net:[") || strings.Contains(target, "ipc:[") || strings.Contains(target, "uts:[") || strings.Contains(target, "pidfd") || strings.Contains(target, "pipe:") {
-			out["supervisor fd "+target] = true
-		}
-	}
-	return out
-}
-
-// missing are the members of now that before does not have.
-func missing(before, now map[string]bool) (out []string) {
-	for k := range now {
-		if !before[k] {
-			out = append(out, k)
-		}
-	}
+	maps.Copy(out, node.Traces())
 	return out
 }

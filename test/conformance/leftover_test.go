@@ -3,7 +3,6 @@ package conformance
 import (
 	"fmt"
 	"io"
-	"os"
 	"strings"
 	"sync"
 	"testing"
@@ -11,47 +10,16 @@ import (
 
 	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
 
+	"github.com/berth-runtime/berth/test/harness"
 	"github.com/berth-runtime/berth/test/testimage"
 )
 
-// state of a process: its descriptors, and how many threads it has.
+// descriptors counts the open descriptors of a process by what they are.
 func descriptors(t *testing.T, pid int) map[string]int {
 	t.Helper()
-	fds, err := os.ReadDir(fmt.Sprintf("/proc/%d/fd", pid))
+	out, err := harness.Descriptors(pid)
 	if err != nil {
 		t.Fatal(err)
-	}
-	out := map[string]int{}
-	for _, fd := range fds {
-		target, err := os.Readlink(fmt.Sprintf("/proc/%d/fd/%s", pid, fd.Name()))
-		if err != nil {
-			continue
-		}
-		if i := strings.IndexAny(target, "["); i >= 0 && !strings.HasPrefix(target, "anon_inode") {
-			target = target[:i]
-		}
-		out[target]++
-	}
-	return out
-}
-
-// children are the processes whose parent is pid, as "pid state command".
-func children(t *testing.T, pid int) (out []string) {
-	t.Helper()
-	procs, err := os.ReadDir("/proc")
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, p := range procs {
-		b, err := os.ReadFile("/proc/" + p.Name() + "/stat")
-		if err != nil {
-			continue
-		}
-		open, closing := strings.IndexByte(string(b), '('), strings.LastIndexByte(string(b), ')')
-		f := strings.Fields(string(b)[closing+1:])
-		if open > 0 && len(f) > 1 && f[1] == fmt.Sprint(pid) {
-			out = append(out, p.Name()+" "+f[0]+" "+string(b[open+1:closing]))
-		}
 	}
 	return out
 }
@@ -152,7 +120,11 @@ func TestNothingGrows(t *testing.T) {
 		})
 		settle(t, name+" has dead children", func() string {
 			var dead []string
-			for _, c := range children(t, row.pid) {
+			children, err := harness.Children(row.pid)
+			if err != nil {
+				t.Fatal(err)
+			}
+			for _, c := range children {
 				if strings.Contains(c, " Z ") {
 					dead = append(dead, c)
 				}
@@ -162,7 +134,7 @@ func TestNothingGrows(t *testing.T) {
 	}
 	settle(t, "left behind", func() string {
 		var left []string
-		for _, m := range missing(files, traces(t)) {
+		for _, m := range traces(t).Beyond(files) {
 			if !strings.HasPrefix(m, "supervisor fd net:") { // spare namespaces change places
 				left = append(left, m)
 			}
@@ -255,5 +227,5 @@ func TestImagesLeaveNothing(t *testing.T) {
 	if _, err := node.Images.RemoveImage(ctx(t), &cri.RemoveImageRequest{Image: &cri.ImageSpec{Image: ref}}); err != nil {
 		t.Fatal(err)
 	}
-	settle(t, "files of a removed image", func() string { return strings.Join(missing(before, traces(t)), "\n") })
+	settle(t, "files of a removed image", func() string { return strings.Join(traces(t).Beyond(before), "\n") })
 }

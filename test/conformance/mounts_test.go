@@ -11,6 +11,8 @@ import (
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc/codes"
 	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/berth-runtime/berth/test/harness"
 )
 
 // tmpfs mounts a tmpfs of the host on a scratch folder until the test's end.
@@ -297,16 +299,11 @@ func TestGivenCgroupParent(t *testing.T) {
 }
 
 // hierarchies are the mounted cgroup filesystems.
-func hierarchies(t *testing.T) (out []string) {
+func hierarchies(t *testing.T) []string {
 	t.Helper()
-	b, err := os.ReadFile("/proc/self/mounts")
+	out, err := harness.Hierarchies()
 	if err != nil {
 		t.Fatal(err)
-	}
-	for line := range strings.Lines(string(b)) {
-		if f := strings.Fields(line); len(f) > 2 && (f[2] == "cgroup" || f[2] == "cgroup2") && strings.HasPrefix(f[1], "/sys/fs/cgroup") {
-			out = append(out, f[1])
-		}
 	}
 	return out
 }

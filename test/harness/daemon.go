@@ -27,6 +27,8 @@ type Daemon struct {
 	Socket  string
 	Runtime cri.RuntimeServiceClient
 	Images  cri.ImageServiceClient
+	// Env is added to the environment of the daemon at each Start.
+	Env []string
 
 	bin  string
 	args []string
@@ -98,6 +100,7 @@ func (d *Daemon) Start(ctx context.Context) error {
 	defer log.Close()
 	d.cmd = exec.Command(filepath.Join(d.bin, "berthd"), d.args...)
 	d.cmd.Stdout, d.cmd.Stderr = log, log
+	d.cmd.Env = append(os.Environ(), d.Env...)
 	d.cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true} // a terminal's interrupt is for the test, not for the daemon
 	if err := d.cmd.Start(); err != nil {
 		return err
@@ -147,6 +150,20 @@ func (d *Daemon) Kill(sig syscall.Signal) error {
 		return nil
 	case <-time.After(pace.Wait(30 * time.Second)):
 		return fmt.Errorf("berthd %d does not end on %v", d.Pid(), sig)
+	}
+}
+
+// Ended waits for the daemon to end by itself; false when it does not within wait.
+func (d *Daemon) Ended(wait time.Duration) bool {
+	if d.cmd == nil {
+		return true
+	}
+	select {
+	case <-d.done:
+		d.cmd = nil
+		return true
+	case <-time.After(wait):
+		return false
 	}
 }
 
