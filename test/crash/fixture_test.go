@@ -32,7 +32,16 @@ var (
 	// base is the image of all pods that do not pull one themselves.
 	base string
 	long = os.Getenv("BERTH_CRASH_LONG") != ""
+	// seed decides what the short form leaves out: other points each time.
+	seed = seedOf(os.Getenv("BERTH_CRASH_SEED"))
 )
+
+func seedOf(s string) int {
+	if n, err := strconv.Atoi(s); err == nil {
+		return n
+	}
+	return int(time.Now().Unix() % 1000)
+}
 
 func TestMain(m *testing.M) {
 	if os.Geteuid() != 0 {
@@ -110,7 +119,7 @@ func newNode(t *testing.T, prepare func(*node)) *node {
 		if err := n.Close(context.Background()); err != nil {
 			t.Errorf("close: %v", err)
 		}
-		n.removeParent()
+		n.removeCgroups()
 		left, err := before.Since(pace.Wait(20 * time.Second))
 		if err != nil {
 			t.Error(err)
@@ -144,10 +153,17 @@ func (n *node) ours(what string) bool {
 	return true // links and tables are of the test's own network namespace
 }
 
-func (n *node) removeParent() {
+// removeCgroups removes the kubelet's cgroups, as a kubelet does. One that
+// something is in stays and is found.
+func (n *node) removeCgroups() {
 	hierarchies, _ := harness.Hierarchies()
 	for _, h := range hierarchies {
-		_ = os.Remove(filepath.Join(h, n.parent))
+		top := filepath.Join(h, n.parent)
+		pods, _ := os.ReadDir(top)
+		for _, p := range pods {
+			_ = os.Remove(filepath.Join(top, p.Name()))
+		}
+		_ = os.Remove(top)
 	}
 }
 

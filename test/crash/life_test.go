@@ -3,6 +3,7 @@ package crash
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -34,7 +35,9 @@ type life struct {
 type kind struct {
 	name   string
 	pod    func(*cri.PodSandboxConfig)
+	port   bool // one of the node's ports leads to it
 	stages []stage
+	only   string // the one stage to die in; all when empty
 }
 
 // stage is one call of a life. It must be right to make it again.
@@ -44,8 +47,12 @@ type stage struct {
 }
 
 func newLife(n *node, k kind) (*life, error) {
-	name := fmt.Sprintf("life%d", serial.Add(1))
+	number := serial.Add(1)
+	name := fmt.Sprintf("life%d", number)
 	l := &life{n: n, kind: k, pod: podConfig(n, name)}
+	if k.port {
+		l.pod.PortMappings = []*cri.PortMapping{{ContainerPort: 80, HostPort: int32(20000 + number%10000)}}
+	}
 	if k.pod != nil {
 		k.pod(l.pod)
 	}
@@ -149,7 +156,7 @@ var (
 			}
 			if s := s.Status; s.State == cri.ContainerState_CONTAINER_EXITED {
 				if s.ExitCode != 0 || s.Reason != "Completed" {
-					return fmt.Errorf("exit code %d, reason %s: %s", s.ExitCode, s.Reason, s.Message)
+					return fmt.Errorf("%w: %d, reason %s: %s", errCode, s.ExitCode, s.Reason, s.Message)
 				}
 				return gapless(s.LogPath, 50)
 			}
@@ -198,9 +205,9 @@ var (
 	}}
 	failCreate = stage{"CreateContainer that fails", func(l *life, ctx context.Context) error {
 		bad := l.containerConfig("bad", "sleep")
-		bad.Mounts = []*cri.Mount{{ContainerPath: "/mnt", HostPath: filepath.Join(l.n.Dir, "run/berth.sock/no-such-thing")}}
+		bad.Mounts = []*cri.Mount{{ContainerPath: "/bin/prog/below-a-file", HostPath: l.n.Dir}}
 		_, err := l.create(ctx, bad)
-		return refused(0, err)("no-such-thing")
+		return refused(0, err)("below-a-file")
 	}}
 	failStart = stage{"StartContainer that fails", func(l *life, ctx context.Context) error {
 		bad := l.containerConfig("nothing")
@@ -250,7 +257,7 @@ func (l *life) ended(ctx context.Context, code int32) error {
 		return err
 	}
 	if s.Status.State != cri.ContainerState_CONTAINER_EXITED || s.Status.ExitCode != code {
-		return fmt.Errorf("stopped, but is %v with code %d, want %d (%s: %s)", s.Status.State, s.Status.ExitCode, code, s.Status.Reason, s.Status.Message)
+		return fmt.Errorf("%w: stopped, but is %v with code %d, want %d (%s: %s)", errCode, s.Status.State, s.Status.ExitCode, code, s.Status.Reason, s.Status.Message)
 	}
 	return nil
 }
@@ -284,6 +291,12 @@ func (n *node) pidOf(ctx context.Context, container string) (int, error) {
 	return info.Pid, err
 }
 
+// What may be lost, told apart for the summaries.
+var (
+	errCode  = errors.New("wrong exit code")
+	errLines = errors.New("wrong log")
+)
+
 // gapless checks that a log holds the numbers from 0 on, each once and in order:
 // want of them, or as many as there are when want is negative.
 func gapless(file string, want int) error {
@@ -295,15 +308,15 @@ func gapless(file string, want int) error {
 	for line := range strings.Lines(string(b)) {
 		f := strings.SplitN(strings.TrimSuffix(line, "\n"), " ", 4)
 		if len(f) != 4 || !strings.HasSuffix(line, "\n") && want >= 0 {
-			return fmt.Errorf("%s: torn record %q", file, line)
+			return fmt.Errorf("%w: %s: torn record %q", errLines, file, line)
 		}
 		if f[3] != fmt.Sprint(n) {
-			return fmt.Errorf("%s: %q where %d was due", file, f[3], n)
+			return fmt.Errorf("%w: %s: %q where %d was due", errLines, file, f[3], n)
 		}
 		n++
 	}
 	if want >= 0 && n != want {
-		return fmt.Errorf("%s: %d of %d lines", file, n, want)
+		return fmt.Errorf("%w: %s: %d of %d lines", errLines, file, n, want)
 	}
 	return nil
 }

@@ -44,9 +44,7 @@ var whole = []stage{pull, runPod, createMain, startMain, exec, update, reopen, c
 var abrupt = []stage{runPod, createMain, startMain, createShort, stopPod, removePod}
 
 var kinds = []kind{
-	{name: "own network, host port", stages: whole, pod: func(c *cri.PodSandboxConfig) {
-		c.PortMappings = []*cri.PortMapping{{ContainerPort: 80, HostPort: 18080}}
-	}},
+	{name: "own network, host port", stages: whole, port: true},
 	{name: "shared PID namespace, default cgroup", stages: abrupt, pod: func(c *cri.PodSandboxConfig) {
 		c.Linux.SecurityContext.NamespaceOptions.Pid = cri.NamespaceMode_POD
 		c.Linux.CgroupParent = ""
@@ -56,48 +54,136 @@ var kinds = []kind{
 		o.Network, o.Ipc, o.Pid = cri.NamespaceMode_NODE, cri.NamespaceMode_NODE, cri.NamespaceMode_NODE
 		c.Hostname = ""
 	}},
-	{name: "user namespace", stages: abrupt, pod: func(c *cri.PodSandboxConfig) {
-		ids := func(host uint32) []*cri.IDMapping {
-			return []*cri.IDMapping{{HostId: host, Length: 65536}}
-		}
-		c.Linux.SecurityContext.NamespaceOptions.UsernsOptions = &cri.UserNamespace{Mode: cri.NamespaceMode_POD, Uids: ids(1 << 20), Gids: ids(1 << 20)}
-	}},
-	{name: "calls that fail", stages: []stage{failPod, runPod, failCreate, failStart, createMain, startMain, execTooLong, removePod}},
+	{name: "user namespace", stages: abrupt, pod: inUserNamespace},
+	{name: "calls that fail", stages: []stage{failPod, runPod, failCreate, failStart, removePod}},
+	{name: "an exec that is cut off", stages: []stage{runPod, createMain, startMain, execTooLong, removePod}, only: "ExecSync timeout"},
+}
+
+func inUserNamespace(c *cri.PodSandboxConfig) {
+	ids := func(host uint32) []*cri.IDMapping {
+		return []*cri.IDMapping{{HostId: host, Length: 65536}}
+	}
+	c.Linux.SecurityContext.NamespaceOptions.UsernsOptions = &cri.UserNamespace{Mode: cri.NamespaceMode_POD, Uids: ids(1 << 20), Gids: ids(1 << 20)}
 }
 
 // TestTheDaemonDiesAtEachPoint lives a pod for each point of each of its calls,
 // and kills the daemon there.
 func TestTheDaemonDiesAtEachPoint(t *testing.T) {
 	n := newNode(t, nil)
+	points(t, n, newWitness(t, n), kinds, n.daemonDies(0))
+}
+
+// TestTheDaemonDiesWithPlugins is the same with pods on a network of CNI plugins.
+func TestTheDaemonDiesWithPlugins(t *testing.T) {
+	n := newNode(t, func(n *node) { usePlugins(t, n) })
+	points(t, n, newWitness(t, n), []kind{
+		{name: "CNI plugins", stages: []stage{runPod, createMain, stopPod, removePod}},
+		{name: "CNI plugins, user namespace", stages: []stage{failPod, runPod, removePod}, pod: inUserNamespace},
+	}, n.daemonDies(0))
+}
+
+// TestTheDaemonDiesAgainWhileItRecovers kills the daemon in a call, and then the
+// next one at each point of its start.
+func TestTheDaemonDiesAgainWhileItRecovers(t *testing.T) {
+	n := newNode(t, nil)
 	w := newWitness(t, n)
-	points(t, n, w, kinds, victim{plan: n.daemon, gone: func() error {
-		if !n.Ended(pace.Wait(10 * time.Second)) {
-			return fmt.Errorf("the daemon does not die")
+	for _, k := range kinds {
+		if k.only != "" {
+			continue
 		}
-		return n.Start(context.Background())
-	}})
+		t.Run(k.name, func(t *testing.T) {
+			counts := learn(t, n, k, n.daemonDies(0))
+			before := n.standing(t)
+			for i, s := range k.stages {
+				var at []int
+				for a := 1 + seed%3; a <= counts[i]; a += stride(3) {
+					at = append(at, a)
+				}
+				if !long && len(at) > 0 { // one moment of each call
+					at = at[seed%len(at):][:1]
+				}
+				kills, failed := 0, 0
+				for _, a := range at {
+					for again := 1 + seed%stride(7); ; again += stride(7) {
+						v := n.daemonDies(again)
+						died, err := n.die(k, i, a, v, before)
+						if err != nil {
+							failed++
+							t.Errorf("%s, point %d, then %d: %v", s.name, a, again, err)
+						}
+						if !died || *v.again == 0 {
+							break
+						}
+						kills++
+					}
+				}
+				t.Logf("%-30s %3d deaths while recovering from %d moments, %d passed", s.name, kills, len(at), kills-failed)
+			}
+			w.check(t)
+		})
+	}
+}
+
+// stride is how many points the short form passes by.
+func stride(n int) int {
+	if long {
+		return 1
+	}
+	return n
 }
 
 // victim is a process that dies at points.
 type victim struct {
-	plan plan
-	gone func() error // waits for its end and brings the node back
+	plan  plan
+	gone  func() error // waits for its end and brings the node back
+	again *int         // how often the next one died, too
+}
+
+// daemonDies is the daemon as a victim. When again is not 0 the next one dies at
+// that point after its start, if it has so many.
+func (n *node) daemonDies(again int) victim {
+	deaths := 0
+	return victim{plan: n.daemon, again: &deaths, gone: func() error {
+		if !n.Ended(pace.Wait(10 * time.Second)) {
+			return fmt.Errorf("the daemon does not die")
+		}
+		n.noteRecords()
+		if again == 0 {
+			return n.Start(context.Background())
+		}
+		if err := n.daemon.arm(again); err != nil {
+			return err
+		}
+		err := n.Start(context.Background())
+		if !n.daemon.disarm() {
+			deaths++
+			if err == nil && !n.Ended(pace.Wait(10*time.Second)) {
+				return fmt.Errorf("the next daemon does not die")
+			}
+			err = n.Start(context.Background())
+		}
+		return err
+	}}
 }
 
 // points kills v at each point of each stage of each kind of life.
 func points(t *testing.T, n *node, w *witness, kinds []kind, v victim) {
+	t.Logf("BERTH_CRASH_SEED=%d", seed)
 	for _, k := range kinds {
 		t.Run(k.name, func(t *testing.T) {
 			counts := learn(t, n, k, v)
 			before := n.standing(t)
 			for i, s := range k.stages {
-				reached, failed := 0, 0
-				for at := 1; ; at++ {
+				if k.only != "" && k.only != s.name {
+					continue
+				}
+				kills, failed := 0, 0
+				for at := 1 + (seed+i)%stride(6); ; at += stride(6) {
 					died, err := n.die(k, i, at, v, before)
 					if !died && err == nil {
 						break
 					}
-					reached++
+					kills++
 					if err != nil {
 						failed++
 						t.Errorf("%s, point %d (%s): %v", s.name, at, strings.Join(v.plan.points(), " > "), err)
@@ -106,7 +192,7 @@ func points(t *testing.T, n *node, w *witness, kinds []kind, v victim) {
 						t.Fatalf("%s has no last point", s.name)
 					}
 				}
-				t.Logf("%-30s %3d points, %3d passed", s.name, reached, reached-failed)
+				t.Logf("%-30s %3d points, %3d deaths, %3d passed", s.name, counts[i], kills, kills-failed)
 			}
 			w.check(t)
 		})
@@ -161,7 +247,6 @@ func (n *node) die(k kind, stage, at int, v victim, before standing) (died bool,
 			if err := v.gone(); err != nil {
 				return died, err
 			}
-			n.noteRecords()
 			err = l.insist(s)
 		}
 		if err != nil {
@@ -202,6 +287,10 @@ func (n *node) standing(t *testing.T) standing {
 
 func (n *node) holds() (s standing, err error) {
 	s.traces = n.Traces()
+	leases, _ := filepath.Glob(filepath.Join(n.Dir, "leases", "*"))
+	for _, l := range leases {
+		s.traces["lease "+l] = true
+	}
 	for _, parent := range append([]string{n.parent}, n.cgroups()...) {
 		c, err := harness.Cgroups(parent)
 		if err != nil {
