@@ -110,6 +110,7 @@ func TestTheDaemonDiesAgainWhileItRecovers(t *testing.T) {
 						if err != nil {
 							failed++
 							t.Errorf("%s, point %d, then %d: %v", s.name, a, again, err)
+							before = n.standing(t) // what is left is reported once
 						}
 						if !died || *v.again == 0 {
 							break
@@ -187,6 +188,7 @@ func points(t *testing.T, n *node, w *witness, kinds []kind, v victim) {
 					if err != nil {
 						failed++
 						t.Errorf("%s, point %d (%s): %v", s.name, at, strings.Join(v.plan.points(), " > "), err)
+						before = n.standing(t) // what is left is reported once
 					}
 					if at > 3*counts[i]+20 {
 						t.Fatalf("%s has no last point", s.name)
@@ -291,12 +293,20 @@ func (n *node) holds() (s standing, err error) {
 	for _, l := range leases {
 		s.traces["lease "+l] = true
 	}
-	for _, parent := range append([]string{n.parent}, n.cgroups()...) {
-		c, err := harness.Cgroups(parent)
-		if err != nil {
-			return s, err
+	own, err := harness.Cgroups(n.parent)
+	if err != nil {
+		return s, err
+	}
+	maps.Copy(s.traces, own)
+	all, err := harness.Cgroups("/berth") // other tests' are there, too
+	if err != nil {
+		return s, err
+	}
+	for c := range all {
+		_, below, _ := strings.Cut(c, "/berth/")
+		if pod, _, _ := strings.Cut(below, "/"); n.ids[pod] {
+			s.traces[c] = true
 		}
-		maps.Copy(s.traces, c)
 	}
 	d, err := harness.Descriptors(n.SupervisorPid())
 	if err != nil {
@@ -324,13 +334,6 @@ func (n *node) noteRecords() {
 	}
 }
 
-func (n *node) cgroups() (out []string) {
-	for id := range n.ids {
-		out = append(out, "/berth/"+id)
-	}
-	return out
-}
-
 // nothingOf waits until nothing of a life is left.
 func (n *node) nothingOf(l *life, before standing) error {
 	own := filepath.Join(n.parent, l.pod.Metadata.Name)
@@ -342,19 +345,24 @@ func (n *node) nothingOf(l *life, before standing) error {
 		for _, h := range hierarchies {
 			_ = os.Remove(filepath.Join(h, own)) // the kubelet's own, busy while something is in it
 		}
-		now, err := n.holds()
-		if err != nil {
-			return nil, err
-		}
-		left := now.traces.Beyond(before.traces)
-		for what, c := range map[string][2]int{"descriptors of the supervisor": {now.descriptors, before.descriptors},
-			"children of the supervisor": {now.children, before.children}, "links": {now.links, before.links}} {
-			if c[0] > c[1] {
-				left = append(left, fmt.Sprintf("%s: %d, were %d", what, c[0], c[1]))
-			}
-		}
-		return left, nil
+		return n.beyond(before)
 	})
+}
+
+// beyond is what a node holds more than before.
+func (n *node) beyond(before standing) ([]string, error) {
+	now, err := n.holds()
+	if err != nil {
+		return nil, err
+	}
+	left := now.traces.Beyond(before.traces)
+	for what, c := range map[string][2]int{"descriptors of the supervisor": {now.descriptors, before.descriptors},
+		"children of the supervisor": {now.children, before.children}, "links": {now.links, before.links}} {
+		if c[0] > c[1] {
+			left = append(left, fmt.Sprintf("%s: %d, were %d", what, c[0], c[1]))
+		}
+	}
+	return left, nil
 }
 
 // witness is a pod that lives through everything that happens to others.
