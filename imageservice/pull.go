@@ -205,7 +205,12 @@ func (s *Service) run(ctx context.Context, ref reference.Named, creds *registry.
 		return nil, err
 	}
 	ids := layerIDs(src)
-	if err := s.layersOf(ctx, repo, src, ids, p); err != nil {
+	for err = layer.ErrSpent; errors.Is(err, layer.ErrSpent); {
+		if err = s.layersOf(ctx, repo, src, ids, p); ctx.Err() != nil {
+			break
+		}
+	}
+	if err != nil {
 		return nil, err
 	}
 	img, err := s.name(ctx, ref, src, ids)
@@ -297,6 +302,13 @@ func (s *Service) layersOf(ctx context.Context, repo *registry.Repository, src *
 		err = s.layers.Commit(ready)
 	}
 	crashpoint.Here("pull image", "layers", "visible")
+	if errors.Is(err, layer.ErrSpent) { // whoever fetches next must not join what is spent
+		s.mu.Lock()
+		for _, f := range got {
+			s.forgetFetch(f)
+		}
+		s.mu.Unlock()
+	}
 	for _, f := range got {
 		s.drop(f)
 	}

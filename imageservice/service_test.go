@@ -494,6 +494,59 @@ func TestConcurrentPullsShareLayers(t *testing.T) {
 	}
 }
 
+// TestALayerThatAnotherPullMadeAndRemoved: two pulls share a layer on its way;
+// the image of the first is removed before the second is done.
+func TestALayerThatAnotherPullMadeAndRemoved(t *testing.T) {
+	h, s := newHub(t), newService(t, t.TempDir())
+	shared := compressed(t, "gzip", tarOf(t, map[string]string{"shared": "s"}))
+	slow := compressed(t, "gzip", tarOf(t, map[string]string{"slow": "s"}))
+	one, two := h.host()+"/one:1", h.host()+"/two:1"
+	push(t, one, imageOf(t, shared))
+	push(t, two, imageOf(t, shared, slow))
+	digest, err := slow.Digest()
+	if err != nil {
+		t.Fatal(err)
+	}
+	gate := make(chan struct{})
+	h.inject(func(_ http.ResponseWriter, r *http.Request) bool {
+		if isBlob(r) && strings.Contains(r.URL.Path, digest.Hex) {
+			<-gate
+		}
+		return false
+	})
+	ctx := context.Background()
+	done := make(chan error, 1)
+	go func() {
+		_, err := s.Pull(ctx, PullRequest{Ref: two})
+		done <- err
+	}()
+	for deadline := time.Now().Add(pace.Wait(10 * time.Second)); ; time.Sleep(time.Millisecond) {
+		s.mu.Lock()
+		n := len(s.fetches)
+		s.mu.Unlock()
+		if n == 2 {
+			break
+		}
+		if time.Now().After(deadline) {
+			t.Fatal("the second pull fetches nothing")
+		}
+	}
+	if _, err := s.Pull(ctx, PullRequest{Ref: one}); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Remove(ctx, one); err != nil {
+		t.Fatal(err)
+	}
+	close(gate)
+	if err := <-done; err != nil {
+		t.Fatal(err)
+	}
+	img, err := s.Status(two)
+	if err != nil || img == nil || content(t, img, "shared") != "s" {
+		t.Fatalf("%v, %v", img, err)
+	}
+}
+
 func TestMovedTagAndTwoRegistries(t *testing.T) {
 	h, h2 := newHub(t), newHub(t)
 	root := t.TempDir()

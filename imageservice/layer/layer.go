@@ -432,6 +432,10 @@ func (t *Staged) Discard() error {
 	return t.store.empty(t.dir)
 }
 
+// ErrSpent is what Commit fails with when a layer that another caller committed
+// was deleted again meanwhile: it must be staged anew.
+var ErrSpent = fmt.Errorf("staged layer was used and deleted by another pull: %w", errdefs.ErrUnavailable)
+
 // Commit makes layers durable, then visible, each with one more Hold. Layers
 // that another caller committed meanwhile are held only.
 func (s *Store) Commit(layers []*Staged) error {
@@ -466,7 +470,7 @@ func (t *Staged) commit() error {
 		return nil // visible already; Discard deletes what is left here
 	}
 	if t.state != staged {
-		return fmt.Errorf("layer is no longer staged: %w", errdefs.ErrFailedPrecondition)
+		return ErrSpent
 	}
 	if err := os.Rename(t.dir, s.path(t.info.DiffID)); err != nil {
 		if !errors.Is(err, fs.ErrExist) || !s.Hold(t.info.DiffID) {
