@@ -96,7 +96,7 @@ func TestTheDaemonDiesAgainWhileItRecovers(t *testing.T) {
 			before := n.standing(t)
 			for i, s := range k.stages {
 				var at []int
-				for a := 1 + seed%3; a <= counts[i]; a += stride(3) {
+				for a := 1 + seed%3; a <= counts[i]; a += 3 {
 					at = append(at, a)
 				}
 				if !long && len(at) > 0 { // one moment of each call
