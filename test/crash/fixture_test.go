@@ -112,7 +112,8 @@ func newNode(t *testing.T, prepare func(*node)) *node {
 	n.start(t)
 	t.Cleanup(func() {
 		if t.Failed() {
-			t.Logf("--- end of the daemon's log\n%s", n.LogTail(6000))
+			log, _ := os.ReadFile(filepath.Join(n.Dir, "run", "supervisor.log"))
+			t.Logf("--- end of the daemon's log\n%s\n--- end of the supervisor's log\n%s", n.LogTail(6000), log[max(0, len(log)-6000):])
 		}
 		n.daemon.disarm()
 		n.supervisor.disarm()

@@ -166,13 +166,20 @@ func (c *Client) use(l *link) {
 	c.mu.Unlock()
 }
 
+// lose makes callers wait for the next connection, if that is not here already.
+func (c *Client) lose(l *link) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.link == l {
+		c.link, c.ready = nil, make(chan struct{})
+	}
+}
+
 // run connects again and again, until Close.
 func (c *Client) run(l *link) {
 	for {
 		<-l.done
-		c.mu.Lock()
-		c.link, c.ready = nil, make(chan struct{})
-		c.mu.Unlock()
+		c.lose(l)
 		next, err := c.reconnect()
 		if err != nil {
 			return // closed
@@ -324,7 +331,11 @@ func (c *Client) once(ctx context.Context, op wire.Op, body, reply any, files ..
 	if err != nil {
 		return nil, err
 	}
-	return l.call(ctx, op, body, reply, files...)
+	got, err := l.call(ctx, op, body, reply, files...)
+	if errors.Is(err, wire.ErrBroken) {
+		c.lose(l) // here and not only in run: the next try may come before it
+	}
+	return got, err
 }
 
 func (l *link) call(ctx context.Context, op wire.Op, body, reply any, files ...*os.File) ([]*os.File, error) {

@@ -40,6 +40,39 @@ func TestWaitIsBounded(t *testing.T) {
 	}
 }
 
+// TestABrokenConnectionIsUsedOnce: a request that can be repeated is, over the next
+// connection, and not over the broken one again.
+func TestABrokenConnectionIsUsedOnce(t *testing.T) {
+	dir := t.TempDir()
+	socket, err := net.ListenUnix("unix", &net.UnixAddr{Name: filepath.Join(dir, socketName)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer socket.Close()
+	go func() {
+		for {
+			if serve(socket, 1) != nil {
+				return
+			}
+		}
+	}()
+	whole, err := dial(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	c := &Client{ctx: context.Background(), exits: newExitQueue(), ready: make(chan struct{}), waitTime: 10 * time.Second}
+	c.use(&link{broken: true})
+	time.AfterFunc(50*time.Millisecond, func() {
+		go c.read(whole)
+		c.use(whole)
+	})
+	if _, err := c.List(context.Background()); errors.Is(err, wire.ErrBroken) {
+		t.Error(err)
+	}
+	_ = whole.conn.Close()
+	<-whole.done
+}
+
 // What waits for the end of a supervisor ends with the client, which the
 // supervisor outlives.
 func TestSpawnedIsReapedOrLeft(t *testing.T) {
