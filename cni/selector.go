@@ -98,6 +98,9 @@ func Open(ctx context.Context, cfg Config) (*Selector, error) {
 	if err := os.MkdirAll(s.journalDir(), 0o700); err != nil {
 		return nil, fmt.Errorf("cni state dir: %w", err)
 	}
+	if err := durable.Clean(s.journalDir()); err != nil {
+		klog.ErrorS(err, "Writes of attachments that were cut short are not removed")
+	}
 	run, stop := context.WithCancel(context.WithoutCancel(ctx))
 	s.stop = stop
 	// A plugin that hangs must not keep the node from answering: Ready says it.

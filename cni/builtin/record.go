@@ -45,6 +45,10 @@ func openStore(dir string) (*store, error) {
 	if err := os.MkdirAll(s.pods(), 0o700); err != nil {
 		return nil, err
 	}
+	// Torn records are looked for with the records.
+	if err := durable.Clean(dir); err != nil {
+		klog.ErrorS(err, "Writes of the network's state that were cut short are not removed")
+	}
 	if same { // nothing to write: a full disk must not keep the daemon down
 		return s, nil
 	}

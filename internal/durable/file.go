@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"strings"
 
 	"github.com/berth-runtime/berth/internal/crashpoint"
 )
@@ -16,7 +17,7 @@ import (
 // the file is consistent after a process crash but not after power loss.
 func WriteFile(path string, data []byte, mode fs.FileMode, sync bool) error {
 	dir := filepath.Dir(path)
-	f, err := os.CreateTemp(dir, "."+filepath.Base(path)+".tmp-*")
+	f, err := os.CreateTemp(dir, "."+filepath.Base(path)+temporary+"*")
 	if err != nil {
 		return err
 	}
@@ -47,6 +48,21 @@ func WriteFile(path string, data []byte, mode fs.FileMode, sync bool) error {
 		return SyncDir(dir)
 	}
 	return nil
+}
+
+const temporary = ".tmp-"
+
+// Clean removes what calls of WriteFile that a crash cut short have left in dir.
+// Nobody may be writing there.
+func Clean(dir string) error {
+	entries, err := os.ReadDir(dir)
+	errs := []error{err}
+	for _, e := range entries {
+		if strings.HasPrefix(e.Name(), ".") && strings.Contains(e.Name(), temporary) {
+			errs = append(errs, os.Remove(filepath.Join(dir, e.Name())))
+		}
+	}
+	return errors.Join(errs...)
 }
 
 // SyncDir makes the names in dir durable.
