@@ -8,7 +8,7 @@ SYSCONF ?= /etc
 BIN     ?= bin
 BINS    := berthd berth-supervisor berth-oci berth
 
-.PHONY: build test test-vm lint bench bench-oci demo install uninstall clean
+.PHONY: build test test-vm crash lint bench bench-oci demo install uninstall clean
 
 build:
 	@mkdir -p $(BIN)
@@ -20,6 +20,11 @@ test: build
 # The same in a virtual machine with cgroup v2 alone, AppArmor and an older kernel; hack/vm.sh knows another one, with systemd.
 test-vm:
 	hack/vm.sh
+
+# Kills of the daemon and the supervisor at every crash point, and 2,000 pod lives with a kill every 2 s: half an hour.
+# `make test` does a sample of the same.
+crash: build
+	BERTH_CRASH_LONG=1 go test -count=1 -timeout=120m -v ./test/crash
 
 lint:
 	hack/lint.sh

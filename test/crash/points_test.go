@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"maps"
 	"net"
-	"os"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -255,7 +254,7 @@ func (n *node) die(k kind, stage, at int, v victim, before standing) (died bool,
 			return died, l.abandon(fmt.Errorf("again: %w", err))
 		}
 	}
-	return died, n.nothingOf(l, before)
+	return died, n.nothingBeyond(before)
 }
 
 // abandon removes a pod whose life went wrong.
@@ -334,17 +333,10 @@ func (n *node) noteRecords() {
 	}
 }
 
-// nothingOf waits until nothing of a life is left.
-func (n *node) nothingOf(l *life, before standing) error {
-	own := filepath.Join(n.parent, l.pod.Metadata.Name)
+// nothingBeyond waits until a node holds no more than before.
+func (n *node) nothingBeyond(before standing) error {
 	return settle(func() ([]string, error) {
-		hierarchies, err := harness.Hierarchies()
-		if err != nil {
-			return nil, err
-		}
-		for _, h := range hierarchies {
-			_ = os.Remove(filepath.Join(h, own)) // the kubelet's own, busy while something is in it
-		}
+		n.removeCgroups()
 		return n.beyond(before)
 	})
 }

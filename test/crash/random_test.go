@@ -123,13 +123,10 @@ func (n *node) left(t *testing.T, before standing) int {
 		t.Error(err)
 	}
 	n.start(t)
-	var rest []string
-	err := settle(func() (left []string, err error) {
-		n.removeCgroups()
-		left, err = n.beyond(before)
-		rest = left
-		return left, err
-	})
+	if err := n.nothingBeyond(before); err != nil {
+		t.Error(err)
+	}
+	rest, err := n.beyond(before)
 	if err != nil {
 		t.Error(err)
 	}
