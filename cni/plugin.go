@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strings"
 	"syscall"
@@ -127,13 +128,17 @@ func verbOf(environ []string) string {
 	return environ[i][len("CNI_COMMAND="):]
 }
 
-// run runs one plugin process to its end.
+// run runs one plugin process to its end, or to ours: the next daemon asks for DEL,
+// and an ADD that goes on behind it would leave behind what it makes.
 func run(ctx context.Context, path string, stdin []byte, environ []string) (stdout, stderr []byte, err error) {
+	// The kernel takes the end of the thread that forked for the end of the parent.
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
 	for range 5 {
 		var out, diag capped
 		c := exec.CommandContext(ctx, path)
 		c.Env, c.Stdin, c.Stdout, c.Stderr = environ, bytes.NewReader(stdin), &out, &diag
-		c.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+		c.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: unix.SIGKILL}
 		c.Cancel = func() error { return unix.Kill(-c.Process.Pid, unix.SIGKILL) }
 		// A grandchild that left the group may hold the pipes open.
 		c.WaitDelay = time.Second
