@@ -103,7 +103,7 @@ func TestTheDaemonDiesAgainWhileItRecovers(t *testing.T) {
 				}
 				kills, failed := 0, 0
 				for _, a := range at {
-					for again := 1 + seed%stride(7); ; again += stride(7) {
+					for again := 1 + seed%stride(11); ; again += stride(11) {
 						v := n.daemonDies(again)
 						died, err := n.die(k, i, a, v, before)
 						if err != nil {

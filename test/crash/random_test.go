@@ -48,7 +48,7 @@ var crowd = append([]kind{{name: "own image", stages: whole, port: true}}, kinds
 
 // TestKilledUnderLoad kills the daemon every 2 s while pods of all kinds come and go.
 func TestKilledUnderLoad(t *testing.T) {
-	want, limit := int64(1)<<62, 20*time.Second
+	want, limit := int64(1)<<62, 14*time.Second
 	if long {
 		want, limit = 2000, time.Hour
 	}
