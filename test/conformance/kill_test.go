@@ -21,7 +21,8 @@ import (
 	"github.com/berth-runtime/berth/test/testimage"
 )
 
-// kills is how often TestKilledAtRandomMoments kills the daemon; more in a soak
+// kills is how often TestKilledAtRandomMoments kills the daemon: it looks after
+// external handlers (BERTH_TEST_HANDLER), test/crash does the rest. More in a soak
 // run: BERTH_TEST_KILLS=100.
 func kills(t *testing.T) int {
 	if v := os.Getenv("BERTH_TEST_KILLS"); v != "" {
@@ -31,7 +32,7 @@ func kills(t *testing.T) int {
 		}
 		return n
 	}
-	return 15
+	return 5
 }
 
 // insist repeats call as a kubelet does until it succeeds.

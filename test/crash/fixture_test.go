@@ -12,6 +12,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"sync/atomic"
@@ -23,7 +24,6 @@ import (
 	"github.com/berth-runtime/berth/internal/crashpoint"
 	"github.com/berth-runtime/berth/test/harness"
 	"github.com/berth-runtime/berth/test/leak"
-	"github.com/berth-runtime/berth/test/pace"
 	"github.com/berth-runtime/berth/test/testimage"
 )
 
@@ -121,14 +121,11 @@ func newNode(t *testing.T, prepare func(*node)) *node {
 			t.Errorf("close: %v", err)
 		}
 		n.removeCgroups()
-		left, err := before.Since(pace.Wait(20 * time.Second))
-		if err != nil {
+		if err := settle(func() ([]string, error) {
+			left, err := before.Since(0)
+			return slices.DeleteFunc(left, func(what string) bool { return !n.ours(what) }), err
+		}); err != nil {
 			t.Error(err)
-		}
-		for _, l := range left {
-			if n.ours(l) {
-				t.Errorf("left behind: %s", l)
-			}
 		}
 	})
 	if _, err := n.Images.PullImage(context.Background(), &cri.PullImageRequest{Image: &cri.ImageSpec{Image: base}}); err != nil {

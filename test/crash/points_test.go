@@ -54,6 +54,9 @@ var kinds = []kind{
 		c.Hostname = ""
 	}},
 	{name: "user namespace", stages: abrupt, pod: inUserNamespace},
+	{name: "records that are replaced", stages: []stage{runPod, stopPod, removePod}, pod: func(c *cri.PodSandboxConfig) {
+		c.Annotations = map[string]string{"long": strings.Repeat("x", 40<<10)} // a record's file holds one line of this size
+	}},
 	{name: "calls that fail", stages: []stage{failPod, runPod, failCreate, failStart, removePod}},
 	{name: "an exec that is cut off", stages: []stage{runPod, createMain, startMain, execTooLong, removePod}, only: "ExecSync timeout"},
 }
