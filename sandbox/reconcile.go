@@ -16,6 +16,7 @@ import (
 	"k8s.io/klog/v2"
 
 	"github.com/berth-runtime/berth/cni"
+	"github.com/berth-runtime/berth/internal/crashpoint"
 	"github.com/berth-runtime/berth/internal/id"
 	"github.com/berth-runtime/berth/internal/leftover"
 	"github.com/berth-runtime/berth/oci/supervisor"
@@ -104,7 +105,9 @@ func (e *Engine) round(seen *rounds) (fresh bool) {
 			continue
 		}
 		ctx, cancel := context.WithTimeout(e.ctx, removeLimit)
+		crashpoint.Here("leftover", string(f.Kind), "do")
 		err := f.Remove(ctx)
+		crashpoint.Here("leftover", string(f.Kind), "done")
 		cancel()
 		if e.ctx.Err() != nil {
 			return false
