@@ -117,7 +117,12 @@ func preparePod(t *testing.T, change func(*cri.PodSandboxConfig)) *pod {
 		if p.id == "" {
 			return
 		}
-		if _, err := node.Runtime.StopPodSandbox(ctx(t), &cri.StopPodSandboxRequest{PodSandboxId: p.id}); err != nil {
+		// As a kubelet does: processes of a killed supervisor's execs are reaped by the
+		// machine's init, which may take its time, and keep their PID namespace until then.
+		if err := harness.Insist(func(ctx context.Context) error {
+			_, err := node.Runtime.StopPodSandbox(ctx, &cri.StopPodSandboxRequest{PodSandboxId: p.id})
+			return err
+		}); err != nil {
 			t.Errorf("stop pod: %v", err)
 		}
 		if _, err := node.Runtime.RemovePodSandbox(ctx(t), &cri.RemovePodSandboxRequest{PodSandboxId: p.id}); err != nil {

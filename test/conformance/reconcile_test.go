@@ -25,6 +25,7 @@ import (
 	"golang.org/x/sys/unix"
 	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
 
+	"github.com/berth-runtime/berth/internal/durable"
 	"github.com/berth-runtime/berth/internal/id"
 	"github.com/berth-runtime/berth/internal/kernel"
 	"github.com/berth-runtime/berth/internal/leftover"
@@ -144,7 +145,9 @@ func plant(t *testing.T, pod string) *planted {
 	t.Cleanup(func() { _ = netlink.LinkDel(&netlink.Veth{LinkAttrs: a}) })
 	add(leftover.Link, a.Name, func() bool { _, err := netlink.LinkByName(a.Name); return err == nil })
 	record := filepath.Join(run, "network", "pods", deadPod+".json")
-	must(os.WriteFile(record, fmt.Appendf(nil, `{"version":1,"pod":%q,"name":"test/dead","link":"berth0aa4fa0a","ips":["10.164.250.10"]}`, deadPod), 0o600))
+	sealed, err := durable.Seal(map[string]any{"version": 1, "pod": deadPod, "name": "test/dead", "link": "berth0aa4fa0a", "ips": []string{"10.164.250.10"}})
+	must(err)
+	must(os.WriteFile(record, sealed, 0o600))
 	add(leftover.Address, "10.164.250.10", func() bool { _, err := os.Stat(record); return err == nil })
 
 	c, err := nftables.New()

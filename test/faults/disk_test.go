@@ -6,11 +6,13 @@ import (
 	"crypto/rand"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc/codes"
@@ -18,6 +20,7 @@ import (
 	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/berth-runtime/berth/test/harness"
+	"github.com/berth-runtime/berth/test/pace"
 	"github.com/berth-runtime/berth/test/testimage"
 )
 
@@ -161,10 +164,14 @@ func (n *node) tree() map[string]bool {
 	return out
 }
 
-// same checks that the tree is what it was.
+// same checks that the tree is, or soon becomes, what it was: some of what is to
+// go is left to the reconciler.
 func (n *node) same(what string, before map[string]bool) {
 	n.t.Helper()
 	after := n.tree()
+	for deadline := time.Now().Add(pace.Wait(15 * time.Second)); !maps.Equal(before, after) && time.Now().Before(deadline); after = n.tree() {
+		time.Sleep(20 * time.Millisecond)
+	}
 	for f := range after {
 		if !before[f] {
 			n.t.Errorf("%s: left %s", what, f)

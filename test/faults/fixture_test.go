@@ -112,9 +112,15 @@ func fresh(t *testing.T) *node {
 }
 
 // started is fresh, running and with the image.
-func started(t *testing.T) *node {
+func started(t *testing.T) *node { return configured(t, "") }
+
+// configured is started with a configuration.
+func configured(t *testing.T, toml string) *node {
 	t.Helper()
 	n := fresh(t)
+	if err := n.Config(toml); err != nil {
+		t.Fatal(err)
+	}
 	n.up()
 	n.pull(prog)
 	return n
@@ -355,6 +361,9 @@ func files(t *testing.T, dir string) []string {
 	t.Helper()
 	var out []string
 	err := filepath.WalkDir(dir, func(p string, d os.DirEntry, err error) error {
+		if errors.Is(err, os.ErrNotExist) { // just being removed
+			return nil
+		}
 		if err == nil && !d.IsDir() {
 			rel, rerr := filepath.Rel(dir, p)
 			out, err = append(out, rel), rerr

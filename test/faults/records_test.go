@@ -60,11 +60,14 @@ func exists(path string) bool {
 	return err == nil
 }
 
+// soonReconciled lets what no record wants any more go soon.
+const soonReconciled = "[runtime]\nreconcile = \"200ms\"\n"
+
 // TestDamagedPodRecord: a pod whose record is damaged is as before, or it is gone
 // with all it held, its record is kept aside and the log says so. The other pod
 // does not notice.
 func TestDamagedPodRecord(t *testing.T) {
-	n := started(t)
+	n := configured(t, soonReconciled)
 	other := n.pod()
 	beside := n.run(other, "sleep", "1000")
 	before := n.tree()
@@ -98,7 +101,7 @@ func TestDamagedPodRecord(t *testing.T) {
 
 // TestDamagedContainerRecord: the same for a container; its pod lives.
 func TestDamagedContainerRecord(t *testing.T) {
-	n := started(t)
+	n := configured(t, soonReconciled)
 	p := n.pod()
 	beside := n.run(p, "sleep", "1000")
 	before := n.tree()
