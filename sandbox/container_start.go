@@ -160,6 +160,8 @@ func (e *Engine) exit(c *container, x wire.Exit) {
 			r.StartedAt = x.FinishedAt
 		}
 		switch {
+		case x.Unknown:
+			r.Reason, r.Message = reasonUnknown, lostExit
 		case x.OOMKilled:
 			r.Reason = reasonOOMKilled
 		case x.Code == 0:

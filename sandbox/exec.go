@@ -113,6 +113,9 @@ func (e *Engine) ExecSync(ctx context.Context, ref string, cmd []string, timeout
 		crashpoint.Here("exec", "exit", "known")
 		e.drain(&readers, outR, errR)
 		crashpoint.Here("exec", "output", "read")
+		if end.Unknown { // a probe must not take it for the program's answer
+			return nil, fmt.Errorf("command %q: %w", cmd[0], errLostExit)
+		}
 		return &ExecResult{Stdout: stdout.buf, Stderr: stderr.buf, ExitCode: int32(end.Code)}, nil
 	case <-alarm:
 		err = fmt.Errorf("command %q ran longer than %v: %w", cmd[0], timeout, context.DeadlineExceeded)
@@ -125,6 +128,9 @@ func (e *Engine) ExecSync(ctx context.Context, ref string, cmd []string, timeout
 	e.drain(&readers, outR, errR)
 	return nil, err
 }
+
+// errLostExit is why the exit code of an exec is not known.
+var errLostExit = fmt.Errorf("%s: %w", lostExit, errdefs.ErrUnavailable)
 
 // runningFor returns a running container for an exec of cmd in it.
 func (e *Engine) runningFor(ref string, cmd []string) (*container, containerRecord, error) {
@@ -314,9 +320,12 @@ func (p *pump) end() {
 // await returns the exit code once all output is delivered.
 func (e *Engine) await(ctx context.Context, exit <-chan wire.Exit, pumps ...*pump) (int32, error) {
 	var code int32
+	var lost error
 	select {
 	case end := <-exit:
-		code = int32(end.Code)
+		if code = int32(end.Code); end.Unknown {
+			lost = errLostExit
+		}
 	case <-ctx.Done():
 		// The client is gone: its streams close, the program goes on if it likes.
 		closePumps(pumps)
@@ -339,7 +348,7 @@ func (e *Engine) await(ctx context.Context, exit <-chan wire.Exit, pumps ...*pum
 			return 0, errClosed
 		}
 	}
-	return code, nil
+	return code, lost
 }
 
 func closePumps(pumps []*pump) {

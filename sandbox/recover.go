@@ -24,6 +24,7 @@ import (
 const (
 	lostInReboot     = "the node was rebooted"
 	lostBySupervisor = "the supervisor that held it is gone"
+	lostExit         = "it has ended, and how is not known: its supervisor was killed, and the kernel tells only parents (Linux 6.15 tells others, too)"
 	lostInit         = "the first process of its PID namespace ended"
 )
 

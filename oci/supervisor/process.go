@@ -84,6 +84,7 @@ func (p *process) wait(c *children) wire.Exit {
 	e.FinishedAt = time.Now().UTC()
 	switch {
 	case err != nil: // somebody else reaped it; the code is lost
+		e.Unknown = true
 	case ws.Signaled():
 		e.Signal = int(ws.Signal())
 		e.Code = 128 + e.Signal

@@ -195,7 +195,7 @@ func (c *container) inherit(s *Server, rt oci.Adopter, r wire.Create, digest [32
 	if h.Exit != nil || g.PidFD == nil {
 		c.exit = h.Exit
 		if c.exit == nil { // ended just when it was handed over
-			c.exit = &wire.Exit{ID: c.id, Pid: h.Pid, Code: 255, FinishedAt: time.Now().UTC()}
+			c.exit = &wire.Exit{ID: c.id, Pid: h.Pid, Code: 255, Unknown: true, FinishedAt: time.Now().UTC()}
 		}
 		c.first = &process{pid: h.Pid, foreign: true, done: make(chan struct{})}
 		close(c.first.done)

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"sync"
@@ -11,8 +12,11 @@ import (
 	"testing"
 	"time"
 
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
 
+	"github.com/berth-runtime/berth/internal/kernel"
 	"github.com/berth-runtime/berth/test/pace"
 )
 
@@ -51,6 +55,31 @@ func wantRunning(t *testing.T, c string, pid int) {
 	}
 }
 
+// codesSurvive tells whether this kernel tells others than the parent how a process
+// ended (Linux 6.15). Else what has lost its supervisor ends with 255, Unknown,
+// unless its status could be read before the machine's init reaped it.
+var codesSurvive = sync.OnceValue(func() bool {
+	fd := -1
+	cmd := exec.Command("/bin/sh", "-c", "exit 3")
+	cmd.SysProcAttr = &syscall.SysProcAttr{PidFD: &fd}
+	_ = cmd.Run()
+	defer syscall.Close(fd)
+	_, ok, err := kernel.ExitStatus(fd)
+	return ok && err == nil
+})
+
+// ended checks how a container ended that may have lost its supervisor.
+func ended(t *testing.T, s *cri.ContainerStatus, code int32, reason string) {
+	t.Helper()
+	if s.State == cri.ContainerState_CONTAINER_EXITED && s.ExitCode == code && s.Reason == reason {
+		return
+	}
+	if !codesSurvive() && s.ExitCode == 255 && s.Reason == "Unknown" && s.Message != "" {
+		return
+	}
+	t.Errorf("ended with %d %s (%s), want %d %s", s.ExitCode, s.Reason, s.Message, code, reason)
+}
+
 // TestTheSupervisorIsKilled: no container notices, however often.
 func TestTheSupervisorIsKilled(t *testing.T) {
 	p := runPod(t, sharedPID)
@@ -61,8 +90,8 @@ func TestTheSupervisorIsKilled(t *testing.T) {
 	own := runPod(t, nil)
 	c := run(t, own, "sleep", "1000")
 	created := create(t, own, nil)
-	ended := run(t, own, "exit", "3")
-	waitExit(t, ended)
+	over := run(t, own, "exit", "3")
+	waitExit(t, over)
 	pids := map[string]int{shared: pidOf(t, shared), c: pidOf(t, c)}
 	for range 3 {
 		killSupervisor(t)
@@ -75,7 +104,7 @@ func TestTheSupervisorIsKilled(t *testing.T) {
 		if s := containerStatus(t, created); s.State != cri.ContainerState_CONTAINER_CREATED {
 			t.Errorf("created container: %v", s)
 		}
-		if s := containerStatus(t, ended); s.ExitCode != 3 {
+		if s := containerStatus(t, over); s.ExitCode != 3 {
 			t.Errorf("ended container: %v", s)
 		}
 	}
@@ -93,9 +122,7 @@ func TestTheSupervisorIsKilled(t *testing.T) {
 	}
 	for _, id := range []string{shared, c, created} {
 		stop(t, id, 0)
-		if s := containerStatus(t, id); s.ExitCode != 137 || s.Reason != "Error" {
-			t.Errorf("stopped container: %v", s)
-		}
+		ended(t, containerStatus(t, id), 137, "Error")
 	}
 }
 
@@ -112,9 +139,7 @@ func TestExitsWithoutASupervisor(t *testing.T) {
 		time.Sleep(70 * time.Millisecond)
 	}
 	for c, code := range codes {
-		if s := waitExit(t, c); s.ExitCode != code {
-			t.Errorf("code %d reason %q, want %d", s.ExitCode, s.Reason, code)
-		}
+		ended(t, waitExit(t, c), code, "Error")
 	}
 }
 
@@ -129,9 +154,7 @@ func TestLogsOutliveTheSupervisor(t *testing.T) {
 		time.Sleep(200 * time.Millisecond)
 	}
 	for c, want := range map[string]int{counter: lines, quick: 20000} {
-		if s := waitExit(t, c); s.ExitCode != 0 {
-			t.Errorf("%v", s)
-		}
+		ended(t, waitExit(t, c), 0, "Completed")
 		got := logs(t, c)
 		var gap time.Duration
 		for i, r := range got {
@@ -157,6 +180,9 @@ func TestExecsOutliveTheSupervisor(t *testing.T) {
 	var wg sync.WaitGroup
 	wg.Go(func() {
 		r, err := node.Runtime.ExecSync(ctx(t), &cri.ExecSyncRequest{ContainerId: c, Cmd: []string{"/bin/exit-after", "1500", "7"}})
+		if !codesSurvive() && status.Code(err) == codes.Unavailable {
+			return
+		}
 		if err != nil || r.ExitCode != 7 {
 			t.Errorf("ExecSync: %v %v", r, err)
 		}
@@ -189,13 +215,13 @@ func TestExecsOutliveTheSupervisor(t *testing.T) {
 	if err := plain.in.Close(); err != nil {
 		t.Fatal(err)
 	}
-	if code := plain.exitCode(t); code != "0" {
+	if code := plain.exitCode(t); code != "0" && codesSurvive() {
 		t.Errorf("session: %s", code)
 	}
 	if _, err := io.WriteString(tty.in, "\x04"); err != nil {
 		t.Fatal(err)
 	}
-	if code := tty.exitCode(t); code != "0" {
+	if code := tty.exitCode(t); code != "0" && codesSurvive() {
 		t.Errorf("session with a terminal: %s", code)
 	}
 	wg.Wait()
@@ -314,13 +340,12 @@ func TestExternalHandlersOutliveTheSupervisor(t *testing.T) {
 			}
 			start(t, created)
 			wantRunning(t, created, pidOf(t, created))
-			if s := waitExit(t, counter); s.ExitCode != 0 || len(logs(t, counter)) != 500 {
-				t.Errorf("counter: %v, %d lines", s, len(logs(t, counter)))
+			ended(t, waitExit(t, counter), 0, "Completed")
+			if n := len(logs(t, counter)); n != 500 {
+				t.Errorf("%d of 500 lines", n)
 			}
 			stop(t, c, 0)
-			if s := containerStatus(t, c); s.ExitCode != 137 {
-				t.Errorf("stop: %v", s)
-			}
+			ended(t, containerStatus(t, c), 137, "Error")
 		})
 	}
 }

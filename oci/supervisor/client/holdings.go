@@ -381,7 +381,7 @@ func (h *holdings) execExited(e wire.Exit) {
 
 // execLost ends the wait for an exec that no supervisor knows.
 func (h *holdings) execLost(k execKey) {
-	h.execExited(wire.Exit{ID: k.container, Exec: k.exec, Code: ExitUnknown, FinishedAt: time.Now().UTC()})
+	h.execExited(wire.Exit{ID: k.container, Exec: k.exec, Code: ExitUnknown, Unknown: true, FinishedAt: time.Now().UTC()})
 }
 
 // following lists the running execs.

@@ -315,13 +315,16 @@ type ListFDReply struct {
 // signal number. OOMKilled means that the first process died of SIGKILL while
 // its cgroup counted an OOM kill. The container's log is complete when this is sent.
 type Exit struct {
-	ID         id.Container `json:"id"`
-	Exec       id.Exec      `json:"exec,omitempty"`
-	Pid        int          `json:"pid"`
-	Code       int          `json:"code"`
-	Signal     int          `json:"signal,omitempty"`
-	OOMKilled  bool         `json:"oomKilled,omitempty"`
-	FinishedAt time.Time    `json:"finishedAt"`
+	ID        id.Container `json:"id"`
+	Exec      id.Exec      `json:"exec,omitempty"`
+	Pid       int          `json:"pid"`
+	Code      int          `json:"code"`
+	Signal    int          `json:"signal,omitempty"`
+	OOMKilled bool         `json:"oomKilled,omitempty"`
+	// Unknown is set when the process ended and nobody can tell how: Code is 255
+	// then. Since version 4.
+	Unknown    bool      `json:"unknown,omitempty"`
+	FinishedAt time.Time `json:"finishedAt"`
 }
 
 // State is where a container is in its life, as the supervisor knows it.
