@@ -237,19 +237,21 @@ func (e *Engine) clearCgroup(dir string) {
 		left := false
 		for _, root := range e.cgroups {
 			at := filepath.Join(root, dir)
-			if os.WriteFile(filepath.Join(at, "cgroup.kill"), []byte("1"), 0) == nil { // cgroup v2, Linux 5.14
-				left = true
-			} else if pids, err := os.ReadFile(filepath.Join(at, "cgroup.procs")); err == nil {
-				left = true
-				for _, pid := range strings.Fields(string(pids)) {
-					if n, err := strconv.Atoi(pid); err == nil && n > 1 {
-						_ = unix.Kill(n, unix.SIGKILL)
-					}
-				}
-				// A frozen process dies only when it is thawed (v1 freezer).
-				_ = os.WriteFile(filepath.Join(at, "freezer.state"), []byte("THAWED"), 0)
+			if err := unix.Rmdir(at); err == nil || err == unix.ENOENT { // busy until its last process is reaped
+				continue
 			}
-			_ = unix.Rmdir(at) // busy until the last process is reaped
+			left = true
+			if os.WriteFile(filepath.Join(at, "cgroup.kill"), []byte("1"), 0) == nil { // cgroup v2, Linux 5.14
+				continue
+			}
+			pids, _ := os.ReadFile(filepath.Join(at, "cgroup.procs"))
+			for _, pid := range strings.Fields(string(pids)) {
+				if n, err := strconv.Atoi(pid); err == nil && n > 1 {
+					_ = unix.Kill(n, unix.SIGKILL)
+				}
+			}
+			// A frozen process dies only when it is thawed (v1 freezer).
+			_ = os.WriteFile(filepath.Join(at, "freezer.state"), []byte("THAWED"), 0)
 		}
 		if !left {
 			return
