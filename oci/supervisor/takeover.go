@@ -136,7 +136,7 @@ func (s *Server) inherit(h wire.Holding, files []*os.File, foreign bool) (err er
 	if !ok {
 		return fmt.Errorf("adopt container %s: handler %q cannot: %w", h.ID, r.Handler, errdefs.ErrNotImplemented)
 	}
-	if h.Op == wire.OpCreateProfile {
+	if len(h.Profile) > 0 {
 		if err := s.profiles.put(wire.Profile{Digest: r.Seccomp, Text: h.Profile}); err != nil {
 			return err
 		}

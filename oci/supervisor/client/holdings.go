@@ -239,12 +239,28 @@ func (h *holdings) handOver(n id.Container) (out wire.Holding, files []*os.File,
 	if c == nil || !c.started {
 		return out, nil, false
 	}
-	out = c.Holding
-	if p := h.profiles[c.digest]; p != nil {
-		out.Profile = p.text
-	}
 	files, ok = duplicates(c.fds)
-	return out, files, ok
+	return c.Holding, files, ok
+}
+
+// profileTexts lists the profiles that containers were made with.
+func (h *holdings) profileTexts() (out []wire.Profile) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	for digest, p := range h.profiles {
+		out = append(out, wire.Profile{Digest: digest, Text: p.text})
+	}
+	return out
+}
+
+// profileOf is the text of a container's profile; nil when it has none by digest.
+func (h *holdings) profileOf(n id.Container) json.RawMessage {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if c := h.containers[n]; c != nil && h.profiles[c.digest] != nil {
+		return h.profiles[c.digest].text
+	}
+	return nil
 }
 
 func duplicates(fds []int) (files []*os.File, ok bool) {

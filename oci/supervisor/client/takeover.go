@@ -89,6 +89,14 @@ func broken(err error) bool {
 // handOver gives containers to the supervisor. It refuses what it cannot go on
 // with; the daemon finds that out when it compares.
 func (c *Client) handOver(ctx context.Context, l *link, lost []id.Container) error {
+	if len(lost) == 0 {
+		return nil
+	}
+	for _, p := range c.held.profileTexts() { // once, and not with each container
+		if err := l.plain(ctx, wire.OpProfile, p, nil); broken(err) {
+			return err
+		}
+	}
 	queue := make(chan id.Container, len(lost))
 	for _, n := range lost {
 		queue <- n
@@ -105,6 +113,11 @@ func (c *Client) handOver(ctx context.Context, l *link, lost []id.Container) err
 				}
 				got, err := l.call(ctx, wire.OpAdopt, h, nil, files...)
 				wire.CloseFiles(got)
+				if errors.Is(err, wire.ErrUnknownProfile) { // more of them than it keeps
+					h.Profile = c.held.profileOf(n)
+					got, err = l.call(ctx, wire.OpAdopt, h, nil, files...)
+					wire.CloseFiles(got)
+				}
 				wire.CloseFiles(files)
 				if broken(err) {
 					errs[i] = err

@@ -190,7 +190,8 @@ type Holding struct {
 	// OpCreateProfile, and its body.
 	Op     Op              `json:"op,omitempty"`
 	Create json.RawMessage `json:"create,omitempty"`
-	// Profile is the text of the profile that Create names by its digest.
+	// Profile is the text of the profile that Create names by its digest. An OpAdopt
+	// may leave it out where OpProfile has sent it.
 	Profile json.RawMessage `json:"profile,omitempty"`
 
 	Pid       int       `json:"pid"`
