@@ -71,7 +71,7 @@ func (p *profiles) put(r wire.Profile) error {
 
 func (p *profiles) knows(hexDigest string) bool {
 	var digest [32]byte
-	if b, err := hex.DecodeString(hexDigest); err != nil || copy(digest[:], b) != len(b) {
+	if b, err := hex.DecodeString(hexDigest); err != nil || copy(digest[:], b) != len(digest) {
 		return false
 	}
 	p.mu.Lock()
