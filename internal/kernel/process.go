@@ -59,21 +59,22 @@ const pidfdGetInfo = 3<<30 | uint(pidfdInfoSize)<<16 | 0xFF<<8 | 11
 // it runs or waits to be reaped. The error of a kernel that cannot tell is
 // errdefs.ErrNotImplemented.
 func ExitStatus(pidfd int) (ws unix.WaitStatus, ok bool, err error) {
-	info := unix.PidfdInfo{Mask: unix.PIDFD_INFO_EXIT}
-	_, _, errno := unix.Syscall(unix.SYS_IOCTL, uintptr(pidfd), uintptr(pidfdGetInfo), uintptr(unsafe.Pointer(&info)))
-	switch {
-	case errno == unix.ESRCH: // just being reaped
-		return 0, false, nil
-	case errno != 0:
-		return 0, false, fmt.Errorf("PIDFD_GET_INFO: %w: %w", errno, errdefs.ErrNotImplemented)
-	case info.Mask&unix.PIDFD_INFO_EXIT == 0:
-		// Linux 6.13 has the request and not this part of it.
-		if unix.PidfdSendSignal(pidfd, 0, nil, 0) == unix.ESRCH {
-			return 0, false, fmt.Errorf("PIDFD_INFO_EXIT: %w", errdefs.ErrNotImplemented)
+	// The status is there before the process is gone. So one that was gone before the
+	// second question has it, and not on kernels that cannot tell: those before 6.13
+	// do not know the request, the next ones not this part of it.
+	for range 2 {
+		info := unix.PidfdInfo{Mask: unix.PIDFD_INFO_EXIT}
+		_, _, errno := unix.Syscall(unix.SYS_IOCTL, uintptr(pidfd), uintptr(pidfdGetInfo), uintptr(unsafe.Pointer(&info)))
+		switch {
+		case errno != 0 && errno != unix.ESRCH:
+			return 0, false, fmt.Errorf("PIDFD_GET_INFO: %w: %w", errno, errdefs.ErrNotImplemented)
+		case errno == 0 && info.Mask&unix.PIDFD_INFO_EXIT != 0:
+			return unix.WaitStatus(info.Exit_code), true, nil
+		case unix.PidfdSendSignal(pidfd, 0, nil, 0) != unix.ESRCH:
+			return 0, false, nil
 		}
-		return 0, false, nil
 	}
-	return unix.WaitStatus(info.Exit_code), true, nil
+	return 0, false, fmt.Errorf("PIDFD_INFO_EXIT: %w", errdefs.ErrNotImplemented)
 }
 
 // ZombieStatus reads the wait status of a process that has ended and waits to be

@@ -103,3 +103,37 @@ func TestExitStatus(t *testing.T) {
 		unix.Close(fd)
 	}
 }
+
+// TestExitStatusWhileReaped: whoever asks at the very moment at which somebody else
+// reaps the process gets the status, or is told to ask again.
+func TestExitStatusWhileReaped(t *testing.T) {
+	for range 500 {
+		fd := -1
+		pid, err := syscall.ForkExec("/bin/true", []string{"true"}, &syscall.ProcAttr{Sys: &syscall.SysProcAttr{PidFD: &fd}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		reaped := make(chan error, 1)
+		go func() {
+			_, err := Reap(pid)
+			reaped <- err
+		}()
+		for ok := false; !ok; {
+			_, known, err := ExitStatus(fd)
+			if err != nil {
+				if err := <-reaped; err != nil {
+					t.Fatal(err)
+				}
+				if _, ok, _ := ExitStatus(fd); !ok {
+					t.Skipf("this kernel does not tell: %v", err)
+				}
+				t.Fatalf("just being reaped: %v", err)
+			}
+			ok = known
+		}
+		if err := <-reaped; err != nil {
+			t.Fatal(err)
+		}
+		unix.Close(fd)
+	}
+}
