@@ -31,12 +31,6 @@ func (c *Client) takeOver(ctx context.Context, l *link) error {
 	}
 	ctx, cancel := context.WithTimeout(ctx, takeoverTime)
 	defer cancel()
-	if c.cfg.Build != "" && c.cfg.Binary != "" && l.who.Build != c.cfg.Build && l.who.Build != c.asked {
-		c.asked = l.who.Build
-		if err := l.plain(ctx, wire.OpUpgrade, wire.Upgrade{Binary: c.cfg.Binary}, nil); broken(err) {
-			return err // it has become another; if it has not, it goes on as it is
-		}
-	}
 	known := map[id.Container]bool{}
 	var list wire.ListReply
 	if err := l.plain(ctx, wire.OpList, nil, &list); err != nil {
@@ -65,6 +59,7 @@ func (c *Client) takeOver(ctx context.Context, l *link) error {
 		func() error { return l.plain(ctx, wire.OpSettled, nil, nil) },
 		func() error { return c.hold(ctx, l, ask) },
 		func() error { return c.follow(ctx, l) },
+		func() error { return c.upgrade(ctx, l) },
 	} {
 		// What one side has no room for, say, costs some safety and not the service.
 		if err := step(); broken(err) {
@@ -72,6 +67,17 @@ func (c *Client) takeOver(ctx context.Context, l *link) error {
 		}
 	}
 	return nil
+}
+
+// upgrade asks a supervisor of another build to become ours. It comes last: should
+// the new program not start, we hold what the next one needs. Whether it has become
+// another shows in a connection that breaks; if it has not, it goes on as it is.
+func (c *Client) upgrade(ctx context.Context, l *link) error {
+	if c.cfg.Build == "" || c.cfg.Binary == "" || l.who.Build == c.cfg.Build || l.who.Build == c.asked {
+		return nil
+	}
+	c.asked = l.who.Build
+	return l.plain(ctx, wire.OpUpgrade, wire.Upgrade{Binary: c.cfg.Binary}, nil)
 }
 
 // plain is a request without descriptors.
