@@ -414,7 +414,7 @@ func TestReapingForgetsThePid(t *testing.T) {
 	}
 	c.add(pid)
 	done()
-	if status, err := c.wait(pid); err != nil || status.ExitStatus() != 0 {
+	if status, err := c.wait(pid, nil); err != nil || status.ExitStatus() != 0 {
 		t.Fatal(status, err)
 	}
 	if len(c.known) != 0 || len(c.seen) != 0 {

@@ -52,10 +52,11 @@ func (c *children) add(pid int) {
 }
 
 // wait waits until the child pid has ended, and reaps and forgets it in one
-// step: its pid may belong to a new child a moment after it was reaped.
-func (c *children) wait(pid int) (unix.WaitStatus, error) {
+// step: its pid may belong to a new child a moment after it was reaped. In the same
+// step note, which may be nil, is told how it ended.
+func (c *children) wait(pid int, note func(unix.WaitStatus)) (unix.WaitStatus, error) {
 	for {
-		status, gone, err := c.tryWait(pid)
+		status, gone, err := c.tryWait(pid, note)
 		if gone || err != nil {
 			return status, err
 		}
@@ -67,7 +68,7 @@ func (c *children) wait(pid int) (unix.WaitStatus, error) {
 	}
 }
 
-func (c *children) tryWait(pid int) (status unix.WaitStatus, gone bool, err error) {
+func (c *children) tryWait(pid int, note func(unix.WaitStatus)) (status unix.WaitStatus, gone bool, err error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	got, err := unix.Wait4(pid, &status, unix.WNOHANG|unix.WALL, nil)
@@ -76,6 +77,9 @@ func (c *children) tryWait(pid int) (status unix.WaitStatus, gone bool, err erro
 	}
 	delete(c.known, pid)
 	delete(c.seen, pid)
+	if err == nil && note != nil {
+		note(status)
+	}
 	return status, true, err
 }
 

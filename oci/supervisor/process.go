@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -24,7 +25,8 @@ type process struct {
 	foreign bool     // not our child: its supervisor is gone
 	// console is our duplicate of the pty master, for resizing; nil without a terminal.
 	console *os.File
-	done    chan struct{} // closed after the exit was published
+	reaped  atomic.Pointer[wire.Exit] // how it ended, from the moment on at which nobody else can tell
+	done    chan struct{}             // closed after the exit was published
 }
 
 // newProcess takes over what the runtime made. Until watch runs, the caller
@@ -76,22 +78,32 @@ func (p *process) exited() bool {
 
 // wait parks until the process has ended, reaps it and returns its exit.
 func (p *process) wait(c *children) wire.Exit {
+	if e := p.reaped.Load(); e != nil { // by the program before this one
+		return *e
+	}
 	// An error means that the pidfd is not pollable (it always is since Linux 5.3):
 	// the wait below blocks a thread instead.
 	_ = waitReadable(p.pidfd, unix.POLLIN)
-	e := wire.Exit{Pid: p.pid, Code: 255}
-	ws, err := p.status(c)
-	e.FinishedAt = time.Now().UTC()
-	switch {
-	case err != nil: // somebody else reaped it; the code is lost
-		e.Unknown = true
-	case ws.Signaled():
+	if ws, err := p.status(c); err == nil {
+		p.ended(ws)
+	}
+	if e := p.reaped.Load(); e != nil {
+		return *e
+	}
+	// Somebody else reaped it; the code is lost.
+	return wire.Exit{Pid: p.pid, Code: 255, Unknown: true, FinishedAt: time.Now().UTC()}
+}
+
+// ended notes how the process ended.
+func (p *process) ended(ws unix.WaitStatus) {
+	e := &wire.Exit{Pid: p.pid, FinishedAt: time.Now().UTC()}
+	if ws.Signaled() {
 		e.Signal = int(ws.Signal())
 		e.Code = 128 + e.Signal
-	default:
+	} else {
 		e.Code = ws.ExitStatus()
 	}
-	return e
+	p.reaped.CompareAndSwap(nil, e)
 }
 
 // reapTime is how long whoever got a foreign process as its child may take to reap it.
@@ -100,7 +112,7 @@ const reapTime = 30 * time.Second
 // status returns how the process, which has ended, ended.
 func (p *process) status(c *children) (ws unix.WaitStatus, err error) {
 	if !p.foreign {
-		return c.wait(p.pid)
+		return c.wait(p.pid, p.ended)
 	}
 	deadline := time.Now().Add(reapTime)
 	for pause := time.Millisecond; ; pause = min(2*pause, 100*time.Millisecond) {

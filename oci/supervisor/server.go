@@ -252,7 +252,7 @@ func (s *Server) own(p oci.Process) (*process, error) {
 		return proc, nil
 	}
 	_ = control(p.PidFD, func(fd int) error { return unix.PidfdSendSignal(fd, unix.SIGKILL, nil, 0) })
-	_, _ = s.children.wait(p.Pid) // killed: it ends, or somebody else has reaped it
+	_, _ = s.children.wait(p.Pid, nil) // killed: it ends, or somebody else has reaped it
 	_ = p.PidFD.Close()
 	if p.Console != nil {
 		_ = p.Console.Close()

@@ -33,7 +33,8 @@ const maxRuntimeFiles = 8
 
 // holding returns what the daemon is to hold of a started container, without the
 // request that made it; the files are the caller's. A stream that cannot be
-// duplicated has just ended.
+// duplicated has just ended. It reports false as well when there is no room for
+// another descriptor.
 func (c *container) holding(s *Server) (h wire.Holding, files []*os.File, started bool) {
 	var saved json.RawMessage
 	var extra []*os.File
@@ -59,7 +60,10 @@ func (c *container) holding(s *Server) (h wire.Holding, files []*os.File, starte
 		}
 	}
 	if c.exit == nil {
-		add(wire.FilePid, c.first.pidfd)
+		if add(wire.FilePid, c.first.pidfd); files == nil { // without it, it would count as ended
+			wire.CloseFiles(extra)
+			return wire.Holding{}, nil, false
+		}
 		add(wire.FileStdin, c.stdinEnd)
 		for _, o := range c.outputs {
 			switch {
@@ -114,10 +118,26 @@ func (s *Server) holdings(r wire.Holdings) (reply wire.HoldingsReply, files []*o
 // adopt serves OpAdopt: the container's processes are nobody's we know. The files
 // are the caller's.
 func (s *Server) adopt(h wire.Holding, files []*os.File) (err error) {
-	return s.inherit(h, files, true)
+	return s.inherit(h, files, origin{Foreign: true})
 }
 
-func (s *Server) inherit(h wire.Holding, files []*os.File, foreign bool) (err error) {
+// origin is how a process came to us.
+type origin struct {
+	Foreign bool       `json:"foreign,omitempty"` // it is not our child
+	Ended   *wire.Exit `json:"ended,omitempty"`   // it was our child, and is reaped
+}
+
+func (o origin) process(s *Server, pid int, pidfd *os.File) *process {
+	p := &process{pid: pid, pidfd: pidfd, foreign: o.Foreign, done: make(chan struct{})}
+	if o.Ended != nil {
+		p.reaped.Store(o.Ended)
+	} else if !o.Foreign {
+		s.children.add(pid)
+	}
+	return p
+}
+
+func (s *Server) inherit(h wire.Holding, files []*os.File, from origin) (err error) {
 	if len(h.Files) != len(files) || (h.Op != wire.OpCreate && h.Op != wire.OpCreateProfile) {
 		return fmt.Errorf("adopt: %d descriptors, want %d; made by %q: %w", len(files), len(h.Files), h.Op, errdefs.ErrInvalidArgument)
 	}
@@ -165,11 +185,11 @@ func (s *Server) inherit(h wire.Holding, files []*os.File, foreign bool) (err er
 		close(c.made)
 	}()
 	s.complete(&r)
-	c.makeErr = c.inherit(s, adopter, r, digest, h, files, foreign)
+	c.makeErr = c.inherit(s, adopter, r, digest, h, files, from)
 	return c.makeErr
 }
 
-func (c *container) inherit(s *Server, rt oci.Adopter, r wire.Create, digest [32]byte, h wire.Holding, files []*os.File, foreign bool) (err error) {
+func (c *container) inherit(s *Server, rt oci.Adopter, r wire.Create, digest [32]byte, h wire.Holding, files []*os.File, from origin) (err error) {
 	g := oci.Heritage{Request: oci.CreateRequest{
 		ID: r.ID, Bundle: r.Bundle, Spec: r.Spec, Rootfs: r.Rootfs, PodInit: r.PodInit, Volumes: r.Volumes, SeccompDigest: digest,
 		Namespaces: map[specs.LinuxNamespaceType]*os.File{},
@@ -205,10 +225,7 @@ func (c *container) inherit(s *Server, rt oci.Adopter, r wire.Create, digest [32
 	if err != nil {
 		return err
 	}
-	first := &process{pid: h.Pid, pidfd: pidfd, foreign: foreign, done: make(chan struct{})}
-	if !foreign {
-		s.children.add(h.Pid)
-	}
+	first := from.process(s, h.Pid, pidfd)
 	io, err := c.inheritStdio(s, first, h, named)
 	if err != nil {
 		first.close()
@@ -292,10 +309,10 @@ func (s *Server) settle() {
 // follow serves OpFollow: the client's former connection, or our predecessor, is
 // gone. An exec that is not known is nobody's child we know.
 func (c *container) follow(s *Server, owner *conn, r wire.Follow, files []*os.File) error {
-	return c.inheritExec(s, owner, r, files, true)
+	return c.inheritExec(s, owner, r, files, origin{Foreign: true})
 }
 
-func (c *container) inheritExec(s *Server, owner *conn, r wire.Follow, files []*os.File, foreign bool) error {
+func (c *container) inheritExec(s *Server, owner *conn, r wire.Follow, files []*os.File, from origin) error {
 	want := 1
 	if r.Terminal {
 		want = 2
@@ -330,10 +347,8 @@ func (c *container) inheritExec(s *Server, owner *conn, r wire.Follow, files []*
 	if c.deleting != nil {
 		return errors.Join(fmt.Errorf("container %s: being deleted: %w", c.id, errdefs.ErrFailedPrecondition), closeIf(console), pidfd.Close())
 	}
-	x := &exec{process: &process{pid: r.Pid, pidfd: pidfd, foreign: foreign, console: console, done: make(chan struct{})}, id: r.Exec, owner: owner}
-	if !foreign {
-		s.children.add(r.Pid)
-	}
+	x := &exec{process: from.process(s, r.Pid, pidfd), id: r.Exec, owner: owner}
+	x.console = console
 	if c.execs == nil {
 		c.execs = map[id.Exec]*exec{}
 	}

@@ -43,18 +43,20 @@ type estate struct {
 	Unheard    []wire.Exit    `json:"unheard"`
 	Kept       map[string]int `json:"kept"`
 	Lanes      [][]int        `json:"lanes"`
+
+	firsts, further []*process // of Containers, of Execs
 }
 
 type leftParts struct {
 	wire.Holding
-	Foreign bool  `json:"foreign,omitempty"`
-	FDs     []int `json:"fds"`
+	origin
+	FDs []int `json:"fds"`
 }
 
 type leftExec struct {
 	wire.Follow
-	Foreign bool  `json:"foreign,omitempty"`
-	FDs     []int `json:"fds"`
+	origin
+	FDs []int `json:"fds"`
 }
 
 // upgrade serves OpUpgrade. It returns only when it fails; then everything is as
@@ -85,13 +87,14 @@ func (s *Server) upgrade(binary string) error {
 	return err
 }
 
-// check runs the program, which must not be a broken file or something else.
+// check runs the program, which must not be a broken file or something else, nor
+// a supervisor of before there were upgrades.
 func (s *Server) check(binary string) error {
 	forked := s.children.forking()
 	defer forked()
 	ctx, cancel := context.WithTimeout(s.ctx, checkTime)
 	defer cancel()
-	return osexec.CommandContext(ctx, binary, "--version").Run()
+	return osexec.CommandContext(ctx, binary, "--resume=-1", "--version").Run()
 }
 
 func (s *Server) become(binary string) (err error) {
@@ -105,18 +108,25 @@ func (s *Server) become(binary string) (err error) {
 	// From here on no child may be made: it would inherit what execve must not close.
 	syscall.ForkLock.Lock()
 	defer syscall.ForkLock.Unlock()
+	var fault error
 	leave := func(f *os.File) int {
 		fd := -1
-		_ = control(f, func(have int) (err error) {
+		err := control(f, func(have int) (err error) {
 			fd, err = unix.FcntlInt(uintptr(have), unix.F_DUPFD, 3)
 			return err
 		})
-		if fd >= 0 {
-			left = append(left, fd)
+		if err != nil {
+			if !errors.Is(err, os.ErrClosed) { // hung up
+				fault = errors.Join(fault, fmt.Errorf("%s: %w", f.Name(), err))
+			}
+			return -1
 		}
+		left = append(left, fd)
 		return fd
 	}
+	s.mu.Lock() // guardState may make them anew
 	e := estate{Listener: leave(s.listener), Lock: leave(s.lock), Kept: map[string]int{}}
+	s.mu.Unlock()
 	lanes, err := s.lanes.All()
 	if err != nil {
 		return fmt.Errorf("upgrade: %w", err)
@@ -130,28 +140,46 @@ func (s *Server) become(binary string) (err error) {
 		e.Lanes = append(e.Lanes, fds)
 	}
 	for _, c := range s.all() {
-		e.leaveContainer(s, c, leave)
+		fault = errors.Join(fault, e.leaveContainer(s, c, leave))
 	}
 	s.mu.Lock()
 	for k, f := range s.kept {
 		e.Kept[k] = leave(f)
 	}
 	s.mu.Unlock()
+	if fault != nil {
+		return fmt.Errorf("upgrade: %w", fault)
+	}
+	// Nobody is reaped any more, and of those who were it is known how they ended.
+	s.children.mu.Lock()
+	defer s.children.mu.Unlock()
+	for i, p := range e.firsts {
+		e.Containers[i].Ended = p.reaped.Load()
+	}
+	for i, p := range e.further {
+		e.Execs[i].Ended = p.reaped.Load()
+	}
 	text, err := json.Marshal(e)
 	if err != nil {
 		return fmt.Errorf("upgrade: %w", err)
 	}
-	mem, err := unix.MemfdCreate("berth-supervisor", 0)
+	fd, err := unix.MemfdCreate("berth-supervisor", 0)
 	if err != nil {
 		return fmt.Errorf("upgrade: memfd_create: %w", err)
 	}
-	left = append(left, mem)
-	f := os.NewFile(uintptr(mem), "estate")
-	if _, err := f.Write(text); err != nil {
+	mem := os.NewFile(uintptr(fd), "estate")
+	defer mem.Close()
+	if _, err := mem.Write(text); err != nil {
 		return fmt.Errorf("upgrade: %w", err)
 	}
-	args := []string{binary, "--state", s.cfg.StateDir, "--resume", strconv.Itoa(mem)}
-	return fmt.Errorf("upgrade: execve %s: %w", binary, syscall.Exec(binary, args, os.Environ()))
+	var limit syscall.Rlimit
+	lerr := syscall.Getrlimit(syscall.RLIMIT_NOFILE, &limit)
+	args := []string{binary, "--state", s.cfg.StateDir, "--resume", strconv.Itoa(fd)}
+	err = syscall.Exec(binary, args, os.Environ())
+	if lerr == nil { // Exec lowers it to what this process was started with
+		lerr = syscall.Setrlimit(syscall.RLIMIT_NOFILE, &limit)
+	}
+	return errors.Join(fmt.Errorf("upgrade: execve %s: %w", binary, err), lerr)
 }
 
 // dropCreated deletes what is created and not started.
@@ -168,10 +196,15 @@ func (s *Server) dropCreated() {
 	}
 }
 
-func (e *estate) leaveContainer(s *Server, c *container, leave func(*os.File) int) {
-	h, files, started := c.holding(s)
-	if !started {
-		return
+func (e *estate) leaveContainer(s *Server, c *container, leave func(*os.File) int) error {
+	h, files, ok := c.holding(s)
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if !ok {
+		if c.first != nil {
+			return fmt.Errorf("container %s cannot be left to another program: %w", c.id, unix.EMFILE)
+		}
+		return nil
 	}
 	h.Op, h.Create = c.request.op, c.request.body
 	if c.request.seccomp != nil {
@@ -184,22 +217,24 @@ func (e *estate) leaveContainer(s *Server, c *container, leave func(*os.File) in
 		wire.CloseFiles(files)
 		return out
 	}
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	e.Containers = append(e.Containers, leftParts{Holding: h, Foreign: c.first.foreign, FDs: numbers(files)})
+	e.Containers = append(e.Containers, leftParts{Holding: h, origin: origin{Foreign: c.first.foreign}, FDs: numbers(files)})
+	e.firsts = append(e.firsts, c.first)
 	for n, x := range c.execs {
 		if x == nil {
 			continue
 		}
-		l := leftExec{Follow: wire.Follow{ID: c.id, Exec: n, Pid: x.pid, Terminal: x.console != nil}, Foreign: x.foreign, FDs: []int{leave(x.pidfd)}}
+		l := leftExec{Follow: wire.Follow{ID: c.id, Exec: n, Pid: x.pid}, origin: origin{Foreign: x.foreign}, FDs: []int{leave(x.pidfd)}}
 		if x.console != nil {
-			l.FDs = append(l.FDs, leave(x.console))
+			if fd := leave(x.console); fd >= 0 {
+				l.Terminal, l.FDs = true, append(l.FDs, fd)
+			}
 		}
-		e.Execs = append(e.Execs, l)
+		e.Execs, e.further = append(e.Execs, l), append(e.further, x.process)
 	}
 	for _, u := range c.unheard {
 		e.Unheard = append(e.Unheard, u)
 	}
+	return nil
 }
 
 // Resume goes on where another program of the same process left, with the memfd
@@ -238,7 +273,7 @@ func Resume(cfg Config, memfd int) (*Server, error) {
 	}
 	for _, l := range e.Containers {
 		files := foundAll(l.FDs)
-		if err := s.inherit(l.Holding, files, l.Foreign); err != nil {
+		if err := s.inherit(l.Holding, files, l.origin); err != nil {
 			s.log.Error("container is lost in an upgrade", "container", string(l.ID), "error", err)
 		}
 		wire.CloseFiles(files)
@@ -250,7 +285,7 @@ func Resume(cfg Config, memfd int) (*Server, error) {
 	for _, l := range e.Execs {
 		files := foundAll(l.FDs)
 		if c, err := s.find(l.ID); err == nil {
-			if err := c.inheritExec(s, nobody, l.Follow, files, l.Foreign); err != nil {
+			if err := c.inheritExec(s, nobody, l.Follow, files, l.origin); err != nil {
 				s.log.Error("exec is lost in an upgrade", "container", string(l.ID), "error", err)
 			}
 		}

@@ -241,6 +241,30 @@ func TestSupervisorUpgradeUnderSessions(t *testing.T) {
 	}
 }
 
+// TestSupervisorUpgradeBetweenExitAndRecord: the first process has ended and is
+// reaped, and its output is still waited for, since somebody outside holds the pipe.
+// The other program cannot ask the kernel any more how it ended.
+func TestSupervisorUpgradeBetweenExitAndRecord(t *testing.T) {
+	other := otherSupervisor(t, checkout(t), "0.0.9")
+	p := runPod(t, nil)
+	c := run(t, p, "exit-after", "300", "33")
+	pid := pidOf(t, c)
+	stdout, err := os.OpenFile(fmt.Sprintf("/proc/%d/fd/1", pid), os.O_WRONLY, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer stdout.Close()
+	for deadline := time.Now().Add(pace.Wait(10 * time.Second)); syscall.Kill(pid, 0) == nil; time.Sleep(time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatal("does not end")
+		}
+	}
+	askUpgrade(t, other)
+	if s := waitExit(t, c); s.ExitCode != 33 {
+		t.Errorf("%v", s)
+	}
+}
+
 // wire3 is the last commit whose supervisor speaks version 3 of the protocol.
 const wire3 = "6246edf"
 
