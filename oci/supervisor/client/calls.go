@@ -2,6 +2,7 @@ package client
 
 import (
 	"context"
+	"encoding/json"
 	"fmt"
 	"os"
 	"slices"
@@ -37,9 +38,15 @@ func rawEnv(p *specs.Process) [][]byte {
 // Start runs a created container. After wire.ErrBroken it may run, without an owner.
 func (c *Client) Start(ctx context.Context, r wire.Start) (wire.StartReply, error) {
 	var reply wire.StartReply
-	got, err := c.once(ctx, wire.OpStart, r, &reply)
-	defer wire.CloseFiles(got)
-	if err == nil && reply.Holding != nil && !c.held.started(*reply.Holding, got) {
+	late := false
+	got, err := c.once(ctx, wire.OpStart, r, &reply, func(f wire.Frame, files []*os.File) {
+		var reply wire.StartReply
+		if json.Unmarshal(f.Body, &reply) == nil && reply.Holding != nil {
+			late = !c.held.started(*reply.Holding, files)
+		}
+	})
+	wire.CloseFiles(got)
+	if err == nil && late {
 		c.holdLate(r.ID)
 	}
 	reply.Holding = nil
@@ -124,12 +131,13 @@ func (c *Client) Attach(ctx context.Context, container id.Container, stdout, std
 
 // Stdin returns a descriptor for the container's stdin, which is the caller's to close.
 func (c *Client) Stdin(ctx context.Context, container id.Container) (*os.File, error) {
-	got, err := c.once(ctx, wire.OpStdin, wire.Target{ID: container}, nil)
+	got, err := c.once(ctx, wire.OpStdin, wire.Target{ID: container}, nil, func(wire.Frame, []*os.File) {
+		if c.held.stdinOnce(container) { // it is the caller's alone now
+			c.held.closeStdin(container)
+		}
+	})
 	if err != nil {
 		return nil, err
-	}
-	if c.held.stdinOnce(container) { // it is the caller's alone now
-		c.held.closeStdin(container)
 	}
 	return one(wire.OpStdin, got)
 }
@@ -168,7 +176,17 @@ func (c *Client) Exec(ctx context.Context, r wire.Exec, stdin, stdout, stderr *o
 		return 0, nil, nil, err
 	}
 	var reply wire.ExecReply
-	got, err := c.once(ctx, wire.OpExec, r, &reply, files...)
+	got, err := c.once(ctx, wire.OpExec, r, &reply, func(f wire.Frame, files []*os.File) {
+		var reply wire.ExecReply
+		if json.Unmarshal(f.Body, &reply) != nil {
+			return
+		}
+		var console *os.File
+		if terminal && len(files) > 0 {
+			console, files = files[0], files[1:]
+		}
+		c.held.execStarted(key, reply.Pid, console, files) // the pidfd, from version 4 on
+	}, files...)
 	if err != nil {
 		c.held.noExec(key)
 		return 0, nil, nil, err
@@ -180,8 +198,6 @@ func (c *Client) Exec(ctx context.Context, r wire.Exec, stdin, stdout, stderr *o
 		}
 		console, got = got[0], got[1:]
 	}
-	// The pidfd, from version 4 on.
-	c.held.execStarted(key, reply.Pid, console, got)
 	wire.CloseFiles(got)
 	return reply.Pid, console, ended, nil
 }

@@ -81,8 +81,18 @@ type link struct {
 
 	mu      sync.Mutex
 	last    uint64
-	pending map[uint64]chan answer
+	pending map[uint64]waiting
 	broken  bool
+}
+
+// waiting is a request whose answer is to come.
+type waiting struct {
+	ch chan answer // nil: the caller has given up
+	// keep is called by the reader of the connection, nil for nothing, with an answer
+	// that is no error: what the answer brings is held when the next frame is read,
+	// and before the next connection is made, whether somebody waits for it or not.
+	// The files stay the reader's.
+	keep func(f wire.Frame, files []*os.File)
 }
 
 type execKey struct {
@@ -229,10 +239,7 @@ func (c *Client) read(l *link) {
 			case wire.OpExit:
 				c.exit(f)
 			case wire.OpLane:
-				var r wire.LanesReply
-				if json.Unmarshal(f.Body, &r) == nil {
-					c.held.addLanes(r.IDs, files)
-				}
+				c.keepLanes(f, files)
 			case wire.OpLaneGone:
 				var r wire.LanesReply
 				if json.Unmarshal(f.Body, &r) == nil {
@@ -244,14 +251,20 @@ func (c *Client) read(l *link) {
 			continue
 		}
 		l.mu.Lock()
-		ch := l.pending[f.ID]
+		w := l.pending[f.ID]
+		l.mu.Unlock()
+		if w.keep != nil && f.Err == nil {
+			w.keep(f, files)
+		}
+		l.mu.Lock()
+		w = l.pending[f.ID] // it may have been given up meanwhile
 		delete(l.pending, f.ID)
 		l.mu.Unlock()
-		if ch == nil { // nobody waits any more
+		if w.ch == nil { // nobody waits any more
 			wire.CloseFiles(files)
 			continue
 		}
-		ch <- answer{f, files}
+		w.ch <- answer{f, files}
 	}
 }
 
@@ -273,8 +286,10 @@ func (l *link) fail() {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.broken = true
-	for _, ch := range l.pending {
-		close(ch)
+	for _, w := range l.pending {
+		if w.ch != nil {
+			close(w.ch)
+		}
 	}
 	l.pending = nil
 }
@@ -315,15 +330,15 @@ func (c *Client) wait(ctx context.Context) (*link, error) {
 // call sends a request that can be done twice and waits for its answer.
 func (c *Client) call(ctx context.Context, op wire.Op, body, reply any, files ...*os.File) (got []*os.File, err error) {
 	for range tries {
-		if got, err = c.once(ctx, op, body, reply, files...); !errors.Is(err, wire.ErrBroken) {
+		if got, err = c.once(ctx, op, body, reply, nil, files...); !errors.Is(err, wire.ErrBroken) {
 			break
 		}
 	}
 	return got, err
 }
 
-// once sends one request and waits for its answer.
-func (c *Client) once(ctx context.Context, op wire.Op, body, reply any, files ...*os.File) ([]*os.File, error) {
+// once sends one request and waits for its answer; for keep see waiting.
+func (c *Client) once(ctx context.Context, op wire.Op, body, reply any, keep func(wire.Frame, []*os.File), files ...*os.File) ([]*os.File, error) {
 	if err := ctx.Err(); err != nil {
 		return nil, err
 	}
@@ -331,14 +346,14 @@ func (c *Client) once(ctx context.Context, op wire.Op, body, reply any, files ..
 	if err != nil {
 		return nil, err
 	}
-	got, err := l.call(ctx, op, body, reply, files...)
+	got, err := l.call(ctx, op, body, reply, keep, files...)
 	if errors.Is(err, wire.ErrBroken) {
 		c.lose(l) // here and not only in run: the next try may come before it
 	}
 	return got, err
 }
 
-func (l *link) call(ctx context.Context, op wire.Op, body, reply any, files ...*os.File) ([]*os.File, error) {
+func (l *link) call(ctx context.Context, op wire.Op, body, reply any, keep func(wire.Frame, []*os.File), files ...*os.File) ([]*os.File, error) {
 	text, err := json.Marshal(body)
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w: %w", op, err, errdefs.ErrInvalidArgument)
@@ -351,7 +366,7 @@ func (l *link) call(ctx context.Context, op wire.Op, body, reply any, files ...*
 	}
 	l.last++
 	n := l.last
-	l.pending[n] = ch
+	l.pending[n] = waiting{ch, keep}
 	l.mu.Unlock()
 	return l.roundTrip(ctx, n, wire.Frame{ID: n, Op: op, Body: text}, files, ch, reply)
 }
@@ -359,7 +374,9 @@ func (l *link) call(ctx context.Context, op wire.Op, body, reply any, files ...*
 func (l *link) roundTrip(ctx context.Context, n uint64, f wire.Frame, files []*os.File, ch chan answer, reply any) ([]*os.File, error) {
 	b, err := wire.Encode(f, len(files))
 	if err != nil {
-		l.abandon(n, ch)
+		l.mu.Lock()
+		delete(l.pending, n)
+		l.mu.Unlock()
 		return nil, fmt.Errorf("%s: %w: %w", f.Op, err, errdefs.ErrInvalidArgument)
 	}
 	_ = l.conn.SetSendDeadline(time.Now().Add(sendTime))
@@ -383,10 +400,15 @@ func (l *link) roundTrip(ctx context.Context, n uint64, f wire.Frame, files []*o
 // abandon gives up waiting for answer n, which may have come meanwhile.
 func (l *link) abandon(n uint64, ch chan answer) {
 	l.mu.Lock()
-	_, waiting := l.pending[n]
-	delete(l.pending, n)
+	w, waits := l.pending[n]
+	if waits && w.keep != nil {
+		w.ch = nil
+		l.pending[n] = w
+	} else {
+		delete(l.pending, n)
+	}
 	l.mu.Unlock()
-	if !waiting {
+	if !waits {
 		if a, ok := <-ch; ok { // read took it off the map and sends, or fail closed it
 			wire.CloseFiles(a.files)
 		}

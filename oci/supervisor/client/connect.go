@@ -95,7 +95,7 @@ func dial(state string) (*link, error) {
 		_ = conn.Close()
 		return nil, err
 	}
-	return &link{conn: conn, who: who, done: make(chan struct{}), pending: map[uint64]chan answer{}}, nil
+	return &link{conn: conn, who: who, done: make(chan struct{}), pending: map[uint64]waiting{}}, nil
 }
 
 // hello returns who serves, with the protocol version that both sides speak.

@@ -360,6 +360,9 @@ func (h *holdings) exec(k execKey) (<-chan wire.Exit, error) {
 func (h *holdings) noExec(k execKey) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
+	if x := h.execs[k]; x != nil {
+		closeFDs(x.pidfd, x.console)
+	}
 	delete(h.execs, k)
 }
 

@@ -27,6 +27,9 @@ const (
 // nothing, and one that is older than this, costs a question.
 func (c *Client) takeOver(ctx context.Context, l *link) error {
 	if l.who.Version < wire.VersionTakeover {
+		for _, k := range c.held.following() { // it tells a former connection
+			c.held.execLost(k)
+		}
 		return nil
 	}
 	ctx, cancel := context.WithTimeout(ctx, takeoverTime)
@@ -38,6 +41,9 @@ func (c *Client) takeOver(ctx context.Context, l *link) error {
 	}
 	for _, i := range list.Containers {
 		known[i.ID] = true
+		if i.Exit != nil {
+			c.held.exited(*i.Exit) // while there was no connection
+		}
 	}
 	var lost, ask []id.Container
 	held := map[id.Container]bool{}
@@ -82,7 +88,7 @@ func (c *Client) upgrade(ctx context.Context, l *link) error {
 
 // plain is a request without descriptors.
 func (l *link) plain(ctx context.Context, op wire.Op, body, reply any) error {
-	got, err := l.call(ctx, op, body, reply)
+	got, err := l.call(ctx, op, body, reply, nil)
 	wire.CloseFiles(got)
 	return err
 }
@@ -117,7 +123,7 @@ func (c *Client) handOver(ctx context.Context, l *link, lost []id.Container) err
 				if !ok {
 					continue
 				}
-				got, err := l.call(ctx, wire.OpAdopt, h, nil, files...)
+				got, err := l.call(ctx, wire.OpAdopt, h, nil, nil, files...)
 				wire.CloseFiles(got)
 				if errors.Is(err, wire.ErrUnknownProfile) { // more of them than it keeps
 					h.Profile = c.held.profileOf(n)
@@ -141,25 +147,11 @@ func (c *Client) hold(ctx context.Context, l *link, ask []id.Container) error {
 	for len(ask) > 0 {
 		n := min(len(ask), askAtOnce)
 		var reply wire.HoldingsReply
-		files, err := l.call(ctx, wire.OpHoldings, wire.Holdings{IDs: ask[:n]}, &reply)
+		files, err := l.call(ctx, wire.OpHoldings, wire.Holdings{IDs: ask[:n]}, &reply, c.keepHoldings)
+		wire.CloseFiles(files)
 		if err != nil {
 			return err
 		}
-		rest := files
-		for _, h := range reply.Holdings {
-			if len(h.Files) > len(rest) {
-				break
-			}
-			var digest struct {
-				Seccomp string `json:"seccomp"`
-			}
-			if h.Op == wire.OpCreateProfile {
-				_ = json.Unmarshal(h.Create, &digest) // an empty one is refused when it is handed over
-			}
-			c.held.put(h, digest.Seccomp, rest[:len(h.Files)])
-			rest = rest[len(h.Files):]
-		}
-		wire.CloseFiles(files)
 		if reply.Done < 1 || reply.Done > n {
 			return fmt.Errorf("%s: %d of %d answered: %w", wire.OpHoldings, reply.Done, n, wire.ErrProtocol)
 		}
@@ -168,20 +160,48 @@ func (c *Client) hold(ctx context.Context, l *link, ask []id.Container) error {
 	return nil
 }
 
+// keepHoldings holds what an answer to OpHoldings brings.
+func (c *Client) keepHoldings(f wire.Frame, files []*os.File) {
+	var reply wire.HoldingsReply
+	if json.Unmarshal(f.Body, &reply) != nil {
+		return
+	}
+	for _, h := range reply.Holdings {
+		if len(h.Files) > len(files) {
+			return
+		}
+		var digest struct {
+			Seccomp string `json:"seccomp"`
+		}
+		if h.Op == wire.OpCreateProfile {
+			_ = json.Unmarshal(h.Create, &digest) // an empty one is refused when it is handed over
+		}
+		c.held.put(h, digest.Seccomp, files[:len(h.Files)])
+		files = files[len(h.Files):]
+	}
+}
+
+// keepLanes holds the lanes that the supervisor names.
+func (c *Client) keepLanes(f wire.Frame, files []*os.File) {
+	var r wire.LanesReply
+	if json.Unmarshal(f.Body, &r) == nil {
+		c.held.addLanes(r.IDs, files)
+	}
+}
+
 // syncLanes holds the lanes that the supervisor has, or gives those that we hold
 // to one that has none.
 func (c *Client) syncLanes(ctx context.Context, l *link) error {
 	for got := 0; ; {
 		var reply wire.LanesReply
-		files, err := l.call(ctx, wire.OpLanes, wire.Lanes{From: got}, &reply)
+		files, err := l.call(ctx, wire.OpLanes, wire.Lanes{From: got}, &reply, c.keepLanes)
+		wire.CloseFiles(files)
 		if err != nil {
 			return err
 		}
 		if reply.Total == 0 {
 			break
 		}
-		c.held.addLanes(reply.IDs, files)
-		wire.CloseFiles(files)
 		if got += len(reply.IDs); len(reply.IDs) == 0 || got >= reply.Total {
 			return nil
 		}
@@ -191,7 +211,7 @@ func (c *Client) syncLanes(ctx context.Context, l *link) error {
 		if !ok {
 			continue
 		}
-		got, err := l.call(ctx, wire.OpPutLanes, nil, nil, files...)
+		got, err := l.call(ctx, wire.OpPutLanes, nil, nil, nil, files...)
 		wire.CloseFiles(got)
 		wire.CloseFiles(files)
 		if broken(err) {
@@ -222,7 +242,7 @@ func (c *Client) keepAgain(ctx context.Context, l *link) error {
 		if fault != nil || len(keys) == 0 || have[keys[0]] { // a group is put at once
 			return
 		}
-		got, err := l.call(ctx, wire.OpPutFD, wire.Keys{Keys: keys}, nil, files...)
+		got, err := l.call(ctx, wire.OpPutFD, wire.Keys{Keys: keys}, nil, nil, files...)
 		wire.CloseFiles(got)
 		if broken(err) { // and not of files that were closed meanwhile
 			fault = err
@@ -239,7 +259,7 @@ func (c *Client) follow(ctx context.Context, l *link) error {
 			c.held.execLost(k)
 			continue
 		}
-		got, err := l.call(ctx, wire.OpFollow, r, nil, files...)
+		got, err := l.call(ctx, wire.OpFollow, r, nil, nil, files...)
 		wire.CloseFiles(got)
 		wire.CloseFiles(files)
 		if broken(err) {
