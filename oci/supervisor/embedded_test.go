@@ -2,6 +2,7 @@ package supervisor_test
 
 import (
 	"bytes"
+	"encoding/json"
 	"fmt"
 	"io/fs"
 	"os"
@@ -14,9 +15,11 @@ import (
 	"time"
 
 	specs "github.com/opencontainers/runtime-spec/specs-go"
+	"golang.org/x/sys/unix"
 
 	"github.com/berth-runtime/berth/internal/id"
 	"github.com/berth-runtime/berth/oci"
+	"github.com/berth-runtime/berth/oci/supervisor"
 	"github.com/berth-runtime/berth/oci/supervisor/client"
 	"github.com/berth-runtime/berth/oci/supervisor/wire"
 )
@@ -484,4 +487,113 @@ func TestNothingIsLeftAfterManyLives(t *testing.T) {
 	})
 	f, m, g, k := count()
 	t.Logf("descriptors %d -> %d, mounts %d -> %d, cgroups %d -> %d, children %d -> %d", fds, f, mounts, m, cgroups, g, children, k)
+}
+
+// TestNothingIsLeftAfterManyTakeovers: what the client holds, and what each next
+// supervisor or program is given, is what there is, not what there was.
+func TestNothingIsLeftAfterManyTakeovers(t *testing.T) {
+	n := newNode(t)
+	c, root := n.open(), rootfs(t)
+	sleeper := func() wire.Create {
+		r := isolated(root, "sleep")
+		r.Stdin = true
+		r.Spec.Mounts = append(r.Spec.Mounts, specs.Mount{Destination: "/dev/pts", Type: "devpts", Source: "devpts", Options: []string{"newinstance", "ptmxmode=0666"}})
+		return r
+	}
+	long, _ := startIsolated(t, c, n.dir, sleeper())
+	terminal := sleeper()
+	terminal.Spec.Process.Terminal = true
+	tty, _ := startIsolated(t, c, n.dir, terminal)
+	pid := pidOf(t, c, long)
+	type counted struct{ client, supervisor int }
+	count := func() (k counted) {
+		for dir, to := range map[string]*int{"/proc/self/fd": &k.client, fmt.Sprintf("/proc/%d/fd", n.pid()): &k.supervisor} {
+			entries, err := os.ReadDir(dir)
+			if err != nil {
+				t.Fatal(err)
+			}
+			*to = len(entries)
+		}
+		return k
+	}
+	kill := func(t *testing.T) {
+		former := n.pid()
+		if err := unix.Kill(former, unix.SIGKILL); err != nil {
+			t.Fatal(err)
+		}
+		waitFor(t, "another supervisor", func() bool { return n.pid() != former && n.pid() != 0 })
+	}
+	life := func(end func(*testing.T)) {
+		k, _ := startIsolated(t, c, n.dir, sleeper())
+		x := isolated(root, "sleep").Spec.Process
+		x.Terminal = true
+		_, console, exit, err := c.Exec(t.Context(), wire.Exec{ID: k, Exec: id.NewExec(), Process: x}, nil, nil, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer console.Close()
+		end(t)
+		if got := pidOf(t, c, long); got != pid {
+			t.Fatalf("pid %d, was %d", got, pid)
+		}
+		if err := c.Signal(t.Context(), wire.Signal{ID: k, Signal: 9}); err != nil {
+			t.Fatal(err)
+		}
+		if e := exitOf(t, c, k); e.Code != 137 {
+			t.Errorf("%+v", e)
+		}
+		<-exit
+		if err := c.Delete(t.Context(), k); err != nil {
+			t.Fatal(err)
+		}
+	}
+	life(kill)
+	life(n.upgrade)
+	before := count()
+	for range 3 { // an init that does not hurry to reap makes each last 2 s
+		life(kill)
+		life(n.upgrade)
+	}
+	var after counted
+	waitFor(t, "descriptors as before", func() bool {
+		after = count()
+		return after.client <= before.client && after.supervisor <= before.supervisor
+	})
+	t.Logf("descriptors %+v -> %+v", before, after)
+	for _, k := range []id.Container{long, tty} {
+		if err := c.Delete(t.Context(), k); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
+// upgrade makes the supervisor the same program once more.
+func (n *node) upgrade(t *testing.T) {
+	t.Helper()
+	fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Connect(fd, &unix.SockaddrUnix{Name: filepath.Join(n.dir, supervisor.SocketName)}); err != nil {
+		t.Fatal(err)
+	}
+	conn, err := wire.NewConn(fd)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	body, err := json.Marshal(wire.Upgrade{Binary: os.Args[0]})
+	if err != nil {
+		t.Fatal(err)
+	}
+	former := n.pid()
+	if err := conn.Send(wire.Frame{ID: 1, Op: wire.OpUpgrade, Body: body}); err != nil {
+		t.Fatal(err)
+	}
+	if f, _, err := conn.Recv(); err == nil {
+		t.Fatalf("upgrade: %v", f.Err)
+	}
+	if now := n.pid(); now != former {
+		t.Errorf("supervisor %d, was %d", now, former)
+	}
 }

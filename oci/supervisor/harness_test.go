@@ -35,7 +35,11 @@ func TestMain(m *testing.M) {
 		inside(os.Args[1:])
 	case len(os.Args) == 3 && os.Args[1] == "--state":
 		os.Unsetenv(role)
-		serve(os.Args[2])
+		serve(os.Args[2], -1)
+	case len(os.Args) == 5 && os.Args[3] == "--resume":
+		memfd, _ := strconv.Atoi(os.Args[4])
+		serve(os.Args[2], memfd)
+	case len(os.Args) == 3 && os.Args[2] == "--version":
 	case r == "client":
 		doomedClient()
 	default:
@@ -43,14 +47,17 @@ func TestMain(m *testing.M) {
 	}
 }
 
-func serve(state string) {
+func serve(state string, resume int) {
 	log := slog.New(slog.NewTextHandler(os.Stderr, nil))
 	isolating, err := embedded.New(embedded.Config{Log: log})
 	var s *supervisor.Server
 	if err == nil {
-		s, err = supervisor.New(supervisor.Config{
-			StateDir: state, Handlers: map[string]oci.Runtime{"": &runtime{}, "berth": isolating}, Log: log,
-		})
+		cfg := supervisor.Config{StateDir: state, Handlers: map[string]oci.Runtime{"": &runtime{}, "berth": isolating}, Log: log}
+		if resume < 0 {
+			s, err = supervisor.New(cfg)
+		} else {
+			s, err = supervisor.Resume(cfg, resume)
+		}
 	}
 	if err == nil {
 		err = s.Serve(context.Background())
