@@ -47,6 +47,25 @@ func LookAt(pid int) (Waiting, error) {
 	return first, nil
 }
 
+// Stuck returns a thread of a process that a signal may not wake: one in
+// uninterruptible sleep, or that waits for a file system which lets it sleep so
+// as soon as a signal comes.
+func Stuck(pid int) (Waiting, bool) {
+	tasks := "/proc/" + strconv.Itoa(pid) + "/task"
+	d, err := os.Open(tasks)
+	if err != nil {
+		return Waiting{}, false
+	}
+	defer d.Close()
+	names, _ := d.Readdirnames(-1)
+	for _, n := range names {
+		if w, err := lookAt(filepath.Join(tasks, n), pid); err == nil && (w.State == 'D' || w.FileSystem() != "") {
+			return w, true
+		}
+	}
+	return Waiting{}, false
+}
+
 func lookAt(dir string, pid int) (Waiting, error) {
 	b, err := os.ReadFile(filepath.Join(dir, "stat"))
 	if err != nil {

@@ -17,6 +17,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/berth-runtime/berth/internal/id"
+	"github.com/berth-runtime/berth/internal/kernel"
 	"github.com/berth-runtime/berth/internal/version"
 	"github.com/berth-runtime/berth/oci/supervisor/wire"
 )
@@ -30,6 +31,8 @@ import (
 const (
 	// upgradeTime bounds the wait for requests that are being served.
 	upgradeTime = 10 * time.Second
+	// awakeTime bounds the wait for threads while no request is served.
+	awakeTime = 100 * time.Millisecond
 	// checkTime bounds the check that the other program is one like us.
 	checkTime = 10 * time.Second
 )
@@ -69,6 +72,9 @@ func (s *Server) upgrade(binary string) error {
 		return fmt.Errorf("upgrade to %s: %w: %w", binary, err, errdefs.ErrFailedPrecondition)
 	}
 	deadline := time.Now().Add(upgradeTime)
+	if err := s.awake(deadline); err != nil { // while requests are served
+		return err
+	}
 	for !s.gate.TryLock() {
 		if time.Now().After(deadline) {
 			return fmt.Errorf("upgrade: requests are still being served: %w", errdefs.ErrUnavailable)
@@ -76,6 +82,9 @@ func (s *Server) upgrade(binary string) error {
 		time.Sleep(2 * time.Millisecond)
 	}
 	defer s.gate.Unlock()
+	if err := s.awake(time.Now().Add(awakeTime)); err != nil {
+		return err
+	}
 	s.log.Info("upgrade", "from", version.String(), "program", binary)
 	err := s.become(binary)
 	s.log.Error("upgrade failed", "program", binary, "error", err)
@@ -85,6 +94,22 @@ func (s *Server) upgrade(binary string) error {
 	}
 	s.mu.Unlock()
 	return err
+}
+
+// awake waits until each thread of ours can end, as one cannot that waits for a log
+// disk that does not answer. execve(2) ends all threads and waits for them, and
+// until then this process would be nothing.
+func (s *Server) awake(deadline time.Time) error {
+	for {
+		w, stuck := kernel.Stuck(os.Getpid())
+		if !stuck {
+			return nil
+		}
+		if time.Now().After(deadline) {
+			return fmt.Errorf("upgrade: a thread of the supervisor cannot end: %s: %w", w, errdefs.ErrUnavailable)
+		}
+		time.Sleep(5 * time.Millisecond)
+	}
 }
 
 // check runs the program, which must not be a broken file or something else, nor

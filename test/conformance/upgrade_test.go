@@ -13,9 +13,11 @@ import (
 	"testing"
 	"time"
 
+	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
 	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
 
+	"github.com/berth-runtime/berth/internal/id"
 	"github.com/berth-runtime/berth/oci/supervisor/wire"
 	"github.com/berth-runtime/berth/test/harness"
 	"github.com/berth-runtime/berth/test/pace"
@@ -166,8 +168,8 @@ func TestSupervisorUpgrade(t *testing.T) {
 	ended(t, containerStatus(t, sleeper), 137, "Error")
 }
 
-// askUpgrade asks the supervisor over its own socket to become another program.
-func askUpgrade(t *testing.T, bin string) {
+// supervisorConn connects to the supervisor's own socket.
+func supervisorConn(t *testing.T) *wire.Conn {
 	t.Helper()
 	fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
@@ -180,16 +182,57 @@ func askUpgrade(t *testing.T, bin string) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer conn.Close()
-	body, err := json.Marshal(wire.Upgrade{Binary: bin})
+	t.Cleanup(func() { conn.Close() })
+	return conn
+}
+
+// asks sends a request over the supervisor's own socket.
+func asks(t *testing.T, conn *wire.Conn, op wire.Op, r any) {
+	t.Helper()
+	body, err := json.Marshal(r)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := conn.Send(wire.Frame{ID: 1, Op: wire.OpUpgrade, Body: body}); err != nil {
+	if err := conn.Send(wire.Frame{ID: 1, Op: op, Body: body}); err != nil {
 		t.Fatal(err)
 	}
+}
+
+// askUpgrade asks the supervisor to become another program.
+func askUpgrade(t *testing.T, bin string) {
+	t.Helper()
+	conn := supervisorConn(t)
+	defer conn.Close()
+	asks(t, conn, wire.OpUpgrade, wire.Upgrade{Binary: bin})
 	if f, _, err := conn.Recv(); err == nil {
 		t.Fatalf("upgrade: %v", f.Err)
+	}
+}
+
+// TestSupervisorUpgradeBesideADeadDisk: execve(2) first ends all threads, and one
+// that sleeps uninterruptibly does not end. The supervisor stays what it is, rather
+// than being nothing until the disk of one container's log answers.
+func TestSupervisorUpgradeBesideADeadDisk(t *testing.T) {
+	dir, revive := deadMount(t)
+	p := runPod(t, nil)
+	c, other := run(t, p, "sleep", "1000"), run(t, p, "sleep", "1000")
+	t.Cleanup(revive) // before the pod's removal
+	asks(t, supervisorConn(t), wire.OpReopenLog, wire.ReopenLog{ID: id.Container(c), Path: filepath.Join(dir, "dead")})
+	time.Sleep(100 * time.Millisecond) // it has begun
+	pid := node.SupervisorPid()
+	conn := supervisorConn(t)
+	if err := conn.SetRecvDeadline(time.Now().Add(pace.Wait(20 * time.Second))); err != nil {
+		t.Fatal(err)
+	}
+	asks(t, conn, wire.OpUpgrade, wire.Upgrade{Binary: filepath.Join(checkout(t), "bin", "berth-supervisor")})
+	if f, _, err := conn.Recv(); err != nil || f.Err == nil || !errdefs.IsUnavailable(f.Err) {
+		t.Errorf("upgrade: %v, %v", f.Err, err)
+	}
+	if code := execCode(t, other, "/bin/exit", "5"); code != 5 {
+		t.Errorf("exec: code %d", code)
+	}
+	if now := node.SupervisorPid(); now != pid {
+		t.Errorf("supervisor %d, was %d", now, pid)
 	}
 }
 

@@ -46,7 +46,7 @@ type Config struct {
 	// Binary is started as "Binary --state StateDir" when no supervisor answers.
 	Binary string
 	// Build is the build that Binary is of (version.String). A running supervisor of
-	// another is asked to become Binary, once for each that is met; "" asks none.
+	// another is asked to become Binary, once for each that is met and can; "" asks none.
 	Build string
 	// Commands are the command lines of the handlers that are external runtimes.
 	Commands map[string]oci.Command

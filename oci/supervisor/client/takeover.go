@@ -9,6 +9,8 @@ import (
 	"sync"
 	"time"
 
+	"github.com/containerd/errdefs"
+
 	"github.com/berth-runtime/berth/internal/id"
 	"github.com/berth-runtime/berth/oci/supervisor/wire"
 )
@@ -83,7 +85,11 @@ func (c *Client) upgrade(ctx context.Context, l *link) error {
 		return nil
 	}
 	c.asked = l.who.Build
-	return l.plain(ctx, wire.OpUpgrade, wire.Upgrade{Binary: c.cfg.Binary}, nil)
+	err := l.plain(ctx, wire.OpUpgrade, wire.Upgrade{Binary: c.cfg.Binary}, nil)
+	if errdefs.IsUnavailable(err) && !broken(err) { // now
+		c.asked = ""
+	}
+	return err
 }
 
 // plain is a request without descriptors.
