@@ -17,7 +17,7 @@ import (
 
 // plain is a request whose answer carries nothing; descriptors are closed.
 func (c *Client) plain(ctx context.Context, op wire.Op, body any, files ...*os.File) error {
-	got, err := c.call(ctx, op, body, nil, files...)
+	got, err := c.call(ctx, op, body, nil, nil, files...)
 	wire.CloseFiles(got)
 	return err
 }
@@ -70,10 +70,10 @@ func (c *Client) Signal(ctx context.Context, r wire.Signal) error {
 
 // Delete kills what still runs and removes the container; one that is missing is success.
 func (c *Client) Delete(ctx context.Context, container id.Container) error {
-	err := c.plain(ctx, wire.OpDelete, wire.Target{ID: container})
-	if err == nil {
-		c.held.forget(container)
-	}
+	got, err := c.call(ctx, wire.OpDelete, wire.Target{ID: container}, nil, func(wire.Frame, []*os.File) {
+		c.held.forget(container) // before the next supervisor is given it
+	})
+	wire.CloseFiles(got)
 	return err
 }
 
@@ -100,7 +100,7 @@ func (c *Client) ReopenLog(ctx context.Context, r wire.ReopenLog) error {
 // List returns all containers that were created and not deleted.
 func (c *Client) List(ctx context.Context) ([]wire.Info, error) {
 	var reply wire.ListReply
-	got, err := c.call(ctx, wire.OpList, nil, &reply)
+	got, err := c.call(ctx, wire.OpList, nil, &reply, nil)
 	wire.CloseFiles(got)
 	return reply.Containers, err
 }
@@ -204,7 +204,7 @@ func (c *Client) Exec(ctx context.Context, r wire.Exec, stdin, stdout, stderr *o
 
 // UserNamespace makes a user namespace and returns it, and one of each of r.Kinds.
 func (c *Client) UserNamespace(ctx context.Context, r wire.UserNamespace) ([]*os.File, error) {
-	got, err := c.call(ctx, wire.OpUserNamespace, r, nil)
+	got, err := c.call(ctx, wire.OpUserNamespace, r, nil, nil)
 	if err != nil {
 		return nil, err
 	}
@@ -225,7 +225,7 @@ func (c *Client) PutFDs(ctx context.Context, keys []string, files []*os.File) er
 
 // GetFDs returns duplicates of kept descriptors: all, or errdefs.ErrNotFound.
 func (c *Client) GetFDs(ctx context.Context, keys []string) ([]*os.File, error) {
-	got, err := c.call(ctx, wire.OpGetFD, wire.Keys{Keys: keys}, nil)
+	got, err := c.call(ctx, wire.OpGetFD, wire.Keys{Keys: keys}, nil, nil)
 	if err != nil {
 		return nil, err
 	}
@@ -244,7 +244,7 @@ func (c *Client) DropFDs(ctx context.Context, keys []string) error {
 // ListFDs lists the keys of the kept descriptors, sorted.
 func (c *Client) ListFDs(ctx context.Context) ([]string, error) {
 	var reply wire.ListFDReply
-	got, err := c.call(ctx, wire.OpListFD, nil, &reply)
+	got, err := c.call(ctx, wire.OpListFD, nil, &reply, nil)
 	wire.CloseFiles(got)
 	return reply.Keys, err
 }

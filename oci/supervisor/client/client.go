@@ -327,10 +327,11 @@ func (c *Client) wait(ctx context.Context) (*link, error) {
 	}
 }
 
-// call sends a request that can be done twice and waits for its answer.
-func (c *Client) call(ctx context.Context, op wire.Op, body, reply any, files ...*os.File) (got []*os.File, err error) {
+// call sends a request that can be done twice and waits for its answer; for keep see
+// waiting.
+func (c *Client) call(ctx context.Context, op wire.Op, body, reply any, keep func(wire.Frame, []*os.File), files ...*os.File) (got []*os.File, err error) {
 	for range tries {
-		if got, err = c.once(ctx, op, body, reply, nil, files...); !errors.Is(err, wire.ErrBroken) {
+		if got, err = c.once(ctx, op, body, reply, keep, files...); !errors.Is(err, wire.ErrBroken) {
 			break
 		}
 	}

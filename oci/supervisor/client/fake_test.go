@@ -265,41 +265,61 @@ func TestStdinForACallerThatHasGone(t *testing.T) {
 // the next one is made before its caller gets to run.
 func TestWhatAnswersBringIsHeldFirst(t *testing.T) {
 	defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(1)) // nobody runs but who is meant to
-	pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
-	if err != nil {
-		t.Fatal(err)
-	}
-	ours, err := wire.NewConn(pair[0])
-	if err != nil {
-		t.Fatal(err)
-	}
-	theirs, err := wire.NewConn(pair[1])
-	if err != nil {
-		t.Fatal(err)
-	}
 	c := &Client{ctx: context.Background(), exits: newExitQueue(), ready: make(chan struct{}), waitTime: 10 * time.Second}
-	l := &link{conn: ours, done: make(chan struct{}), pending: map[uint64]waiting{}}
-	c.use(l)
-	ended := make(chan error, 1)
-	go func() {
-		_, _, _, err := c.Exec(context.Background(), wire.Exec{ID: "c", Exec: "x"}, nil, nil, nil)
-		ended <- err
-	}()
-	f, files, err := theirs.Recv()
-	if err != nil {
-		t.Fatal(err)
+	once := func(call func() error, answer string) {
+		t.Helper()
+		pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		ours, err := wire.NewConn(pair[0])
+		if err != nil {
+			t.Fatal(err)
+		}
+		theirs, err := wire.NewConn(pair[1])
+		if err != nil {
+			t.Fatal(err)
+		}
+		l := &link{conn: ours, done: make(chan struct{}), pending: map[uint64]waiting{}}
+		c.use(l)
+		ended := make(chan error, 1)
+		go func() { ended <- call() }()
+		f, files, err := theirs.Recv()
+		if err != nil {
+			t.Fatal(err)
+		}
+		wire.CloseFiles(files)
+		pidfd := null(t)
+		if err := errors.Join(theirs.Send(wire.Frame{ID: f.ID, Body: json.RawMessage(answer)}, pidfd), theirs.Close(), pidfd.Close()); err != nil {
+			t.Fatal(err)
+		}
+		c.read(l)
+		c.lose(l)
+		t.Cleanup(func() {
+			if err := <-ended; err != nil {
+				t.Error(err)
+			}
+		})
 	}
-	wire.CloseFiles(files)
-	pidfd := null(t)
-	if err := errors.Join(theirs.Send(wire.Frame{ID: f.ID, Body: json.RawMessage(`{"pid":7}`)}, pidfd), theirs.Close(), pidfd.Close()); err != nil {
-		t.Fatal(err)
-	}
-	c.read(l)
+	ctx := context.Background()
+	once(func() error {
+		_, _, _, err := c.Exec(ctx, wire.Exec{ID: "c", Exec: "x"}, nil, nil, nil)
+		return err
+	}, `{"pid":7}`)
 	if n := len(c.held.following()); n != 1 {
 		t.Errorf("follows %d execs, one runs", n)
 	}
-	if err := <-ended; err != nil {
-		t.Error(err)
+	c.held.request("c", wire.OpCreate, nil, "", nil)
+	once(func() error {
+		_, err := c.Start(ctx, wire.Start{ID: "c"})
+		return err
+	}, `{"pid":7,"holding":{"id":"c","files":["pidfd"]}}`)
+	if n := len(c.held.starts()); n != 1 {
+		t.Errorf("holds %d containers, one runs", n)
+	}
+	once(func() error { return c.Delete(ctx, "c") }, `{}`)
+	if n := len(c.held.starts()); n != 0 {
+		t.Errorf("holds %d containers, none is there", n)
 	}
 	c.held.close()
 }
