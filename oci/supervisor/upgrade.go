@@ -124,15 +124,15 @@ func (s *Server) check(binary string) error {
 
 func (s *Server) become(binary string) (err error) {
 	s.dropCreated()
+	// From here on no child may be made: it would inherit what execve must not close.
+	syscall.ForkLock.Lock()
+	defer syscall.ForkLock.Unlock()
 	var left []int
-	defer func() { // only when it fails
+	defer func() { // only when it fails, and before a child can be made again
 		for _, fd := range left {
 			_ = unix.Close(fd)
 		}
 	}()
-	// From here on no child may be made: it would inherit what execve must not close.
-	syscall.ForkLock.Lock()
-	defer syscall.ForkLock.Unlock()
 	var fault error
 	leave := func(f *os.File) int {
 		fd := -1
