@@ -384,7 +384,8 @@ func (s *Selector) journalOf(p Pod, a Attachment) (*journal, error) {
 	b, err := os.ReadFile(s.journalPath(p.ID))
 	if err == nil {
 		var j journal
-		if err = durable.Unseal(b, &j); err == nil {
+		// An earlier version wrote it without a checksum.
+		if err = durable.UnsealOld(b, &j); err == nil {
 			err = j.check(p.ID)
 		}
 		if err == nil {

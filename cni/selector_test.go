@@ -328,6 +328,34 @@ func TestDetachAfterReboot(t *testing.T) {
 	}
 }
 
+// TestJournalOfAnEarlierVersion has no checksum. The plugins are told of the pod's own
+// configuration and result, although nobody else has them.
+func TestJournalOfAnEarlierVersion(t *testing.T) {
+	b := newBench(t)
+	s := b.open()
+	p := testPod()
+	a, ns, err := s.Attach(context.Background(), p)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ns.Close()
+	if err := os.WriteFile(s.journalPath(p.ID), a.State, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.RemoveAll(filepath.Join(b.cfg.StateDir, "cache")); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Detach(context.Background(), p, Attachment{}, nil); err != nil {
+		t.Fatal(err)
+	}
+	if got := b.read("DEL.in"); !strings.Contains(got, "10.1.2.3/24") {
+		t.Errorf("DEL got %s: want the result of ADD", got)
+	}
+	if _, err := os.Stat(s.journalPath(p.ID) + ".bad"); err == nil {
+		t.Error("the journal was set aside")
+	}
+}
+
 // fakeNetwork is a default network that only counts.
 type fakeNetwork struct{ attached, detached int }
 

@@ -3,6 +3,7 @@ package builtin
 import (
 	"bufio"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -500,6 +501,45 @@ func TestRestart(t *testing.T) {
 	}
 	if _, _, err := n.Attach(context.Background(), cni.Pod{ID: id.NewPod()}); err == nil {
 		t.Fatal("attached more pods than the subnet has addresses")
+	}
+}
+
+// TestRecordsOfAnEarlierVersion have no checksum. A pod keeps its port and its
+// address across the upgrade, and the node its pod CIDR.
+func TestRecordsOfAnEarlierVersion(t *testing.T) {
+	w := newWorld(t)
+	dir := t.TempDir()
+	n := w.open(Config{StateDir: dir, PoolSize: -1})
+	if err := n.SetPodCIDR("10.7.0.0/24"); err != nil {
+		t.Fatal(err)
+	}
+	p := w.pod(n, cni.PortMapping{ContainerPort: 80, HostPort: 8080})
+	w.serve(p.ns, "tcp", ":80", "p")
+	old, err := json.Marshal(n.pods[p.ID])
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := n.Close(); err != nil {
+		t.Fatal(err)
+	}
+	for path, text := range map[string]string{n.store.path(p.ID): string(old), n.store.podCIDRPath(): "10.7.0.0/24"} {
+		if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	n = w.open(Config{StateDir: dir, PoolSize: -1})
+	if err := n.Restore(context.Background(), p.Pod, cni.Attachment{Network: Name, IPs: p.IPs}); err != nil {
+		t.Fatal(err)
+	}
+	w.want(w.outside, "tcp", "192.0.2.1:8080", "p")
+	if _, _, err := n.Attach(context.Background(), cni.Pod{ID: id.NewPod(), PortMappings: p.PortMappings}); !errdefs.IsAlreadyExists(err) {
+		t.Errorf("a second pod with the port: got %v, want already exists", err)
+	}
+	if q := w.pod(n); !netip.MustParsePrefix("10.7.0.0/24").Contains(q.IPs[0]) || q.IPs[0] == p.IPs[0] {
+		t.Errorf("address %v beside %v of the pod that runs", q.IPs, p.IPs)
+	}
+	if aside, _ := filepath.Glob(filepath.Join(dir, "*", "*.bad")); len(aside) > 0 {
+		t.Errorf("set aside: %q", aside)
 	}
 }
 

@@ -95,6 +95,11 @@ func (s *store) podCIDR() ([]netip.Prefix, error) {
 		err = durable.Unseal(b, &cidr)
 	}
 	if err != nil {
+		// The kubelet tells it once: what an earlier version wrote, the text alone,
+		// must not be lost in an upgrade.
+		if old, perr := parsePodCIDR(string(b)); perr == nil {
+			return old, nil
+		}
 		return nil, fmt.Errorf("%s: %w", s.podCIDRPath(), err)
 	}
 	return parsePodCIDR(cidr)

@@ -146,7 +146,8 @@ func (s *store) load() ([]*record, error) {
 
 func parseRecord(b []byte, pod id.Pod) (*record, error) {
 	var r record
-	if err := durable.Unseal(b, &r); err != nil {
+	// Pods run on across an upgrade: their records may have no checksum.
+	if err := durable.UnsealOld(b, &r); err != nil {
 		return nil, err
 	}
 	return &r, r.check(pod)

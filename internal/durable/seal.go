@@ -40,3 +40,20 @@ func Unseal(b []byte, v any) error {
 	}
 	return nil
 }
+
+// UnsealOld is Unseal for files that earlier versions wrote without a checksum:
+// such a one is taken as it is.
+func UnsealOld(b []byte, v any) error {
+	err := Unseal(b, v)
+	if err == nil {
+		return nil
+	}
+	var fields map[string]json.RawMessage
+	if json.Unmarshal(b, &fields) != nil || fields["sha256"] != nil || fields["body"] != nil {
+		return err
+	}
+	if err := json.Unmarshal(b, v); err != nil {
+		return fmt.Errorf("%w: %w", err, errdefs.ErrDataLoss)
+	}
+	return nil
+}

@@ -21,6 +21,10 @@ func TestASealedRecordIsReadWholeOrNotAtAll(t *testing.T) {
 		} else if err != nil && !errdefs.IsDataLoss(err) {
 			t.Errorf("%s %d: %v", what, at, err)
 		}
+		got = record{}
+		if err := UnsealOld(b, &got); err == nil && got != want {
+			t.Errorf("%s %d: read as an old one %+v", what, at, got)
+		}
 	}
 	var got record
 	if err := Unseal(b, &got); err != nil || got != want {
@@ -34,6 +38,19 @@ func TestASealedRecordIsReadWholeOrNotAtAll(t *testing.T) {
 			flipped := append([]byte(nil), b...)
 			flipped[n] ^= 1 << bit
 			check("flip of byte", n, flipped)
+		}
+	}
+}
+
+// TestAnOldRecordIsRead: one without a checksum.
+func TestAnOldRecordIsRead(t *testing.T) {
+	var got struct{ Name string }
+	if err := UnsealOld([]byte(`{"Name":"pod"}`), &got); err != nil || got.Name != "pod" {
+		t.Errorf("%+v, %v", got, err)
+	}
+	for _, bad := range []string{"", "{", `{"Name":3}`, `{"sha256":"","body":{"Name":"x"}}`} {
+		if err := UnsealOld([]byte(bad), &got); !errdefs.IsDataLoss(err) {
+			t.Errorf("%s: %v", bad, err)
 		}
 	}
 }
