@@ -111,12 +111,34 @@ func (n *Network) deleteUnowned(name string) error {
 }
 
 // Look finds what Leftovers finds while no daemon runs, in the folder stateDir and
-// in the network namespace netns (nil: the process's). It changes nothing.
+// in the network namespace netns (nil: the process's). It changes nothing. Links and
+// ports there may be of a daemon with another folder, while one runs: then it fails.
 func Look(stateDir string, netns *os.File, use cni.InUse) (out []leftover.Finding, err error) {
 	s := &store{dir: stateDir}
 	if !s.sameBoot() {
 		return nil, nil // the next daemon discards it as a whole
 	}
+	alone := func(f func() error) error {
+		lock, err := lockNode(netns)
+		if err != nil {
+			return err
+		}
+		return errors.Join(f(), unlockNode(lock))
+	}
+	err = alone(func() error {
+		out, err = s.look(netns, use)
+		return err
+	})
+	for i := range out {
+		if remove := out[i].Remove; remove != nil {
+			out[i].Remove = func(ctx context.Context) error { return alone(func() error { return remove(ctx) }) }
+		}
+	}
+	return out, err
+}
+
+// look is Look with the namespace locked.
+func (s *store) look(netns *os.File, use cni.InUse) (out []leftover.Finding, err error) {
 	got, err := s.read()
 	if err != nil {
 		return nil, fmt.Errorf("network records: %w", err)

@@ -179,6 +179,33 @@ func TestALivePodWhoseRecordIsLost(t *testing.T) {
 	}
 }
 
+// TestLookBesideAnotherDaemon: what one with another folder has is not called left over.
+func TestLookBesideAnotherDaemon(t *testing.T) {
+	w := newWorld(t)
+	dir := t.TempDir()
+	n := w.open(Config{PoolSize: -1, StateDir: dir})
+	w.pod(n)
+	if err := n.Close(); err != nil {
+		t.Fatal(err)
+	}
+	found, err := Look(dir, w.host, inUse())
+	if err != nil || len(found) == 0 {
+		t.Fatalf("found %q, %v", kinds(found), err)
+	}
+	other := w.open(Config{PoolSize: -1})
+	p := w.pod(other, cni.PortMapping{ContainerPort: 80, HostPort: 8080})
+	w.serve(p.ns, "tcp", ":80", "p")
+	if found, err := Look(dir, w.host, inUse()); err == nil || len(found) > 0 {
+		t.Errorf("found %q, %v", kinds(found), err)
+	}
+	for _, f := range found { // of before it was started
+		if err := f.Remove(context.Background()); err == nil {
+			t.Errorf("%s %s: removed", f.Kind, f.Name)
+		}
+	}
+	w.want(w.outside, "tcp", "192.0.2.1:8080", "p")
+}
+
 func TestLinkIndexIsTheInverse(t *testing.T) {
 	for _, a := range []string{"10.164.0.2", "192.168.255.254", "fd62:6572:7468::abcd:1"} {
 		name, want := linkID(linkPrefix, netip.MustParseAddr(a))
