@@ -375,7 +375,14 @@ func (b *containerBuild) created(context.Context) error {
 // that does not know it. The container's slot is taken.
 func (e *Engine) makeAgain(ctx context.Context, c *container) error {
 	rec := c.record()
-	b := &containerBuild{e: e, p: c.pod, c: &container{id: c.id}, pod: c.pod.record(), config: rec.Config}
+	config := *rec.Config
+	config.Mounts = slices.Clone(config.Mounts)
+	for i, m := range config.Mounts {
+		if m.ImageRef != "" { // its name may be another image's by now
+			config.Mounts[i].Image = m.ImageRef
+		}
+	}
+	b := &containerBuild{e: e, p: c.pod, c: &container{id: c.id}, pod: c.pod.record(), config: &config}
 	fail := func(err error) error {
 		return fmt.Errorf("container %s: cannot be made again after the loss of the supervisor: %w", rec.Config.Meta.Name, err)
 	}

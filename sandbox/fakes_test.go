@@ -39,6 +39,7 @@ type world struct {
 	pins       map[string]bool
 	signals    []wire.Signal
 	detaches   []cni.Attachment
+	acquired   []string // images, as they were asked for
 	next       byte
 	link       *link // gets the exits
 	// hook is called at the beginning ("create") and the end ("create!") of each
@@ -439,7 +440,11 @@ func (l *link) Acquire(ref, owner string) (*imageservice.Image, error) {
 	if ref == "missing" {
 		return nil, fmt.Errorf("image %q: %w", ref, errdefs.ErrNotFound)
 	}
-	err := l.call(context.Background(), "acquire", owner, func() error { l.w.pins[owner] = true; return nil })
+	err := l.call(context.Background(), "acquire", owner, func() error {
+		l.w.pins[owner] = true
+		l.w.acquired = append(l.w.acquired, ref)
+		return nil
+	})
 	return &imageservice.Image{ID: digest.FromString("image"), Tags: []string{"example/image:1"}, Layers: []string{l.w.layer}}, err
 }
 

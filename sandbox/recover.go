@@ -363,7 +363,10 @@ func (e *Engine) recoverContainer(c *container, known *wire.Info) {
 	}
 	used := []string{rec.ImageID}
 	for _, m := range rec.Config.Mounts {
-		if m.Image != "" {
+		switch {
+		case m.ImageRef != "": // its name may be another image's by now, or nobody's
+			used = append(used, m.ImageRef)
+		case m.Image != "":
 			used = append(used, m.Image)
 		}
 	}

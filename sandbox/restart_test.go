@@ -217,3 +217,25 @@ func TestRemovalsAreFinished(t *testing.T) {
 	ok(t, k2.RemovePod(context.Background(), string(p)))
 	k2.empty()
 }
+
+// TestMountedImagesAreFoundByTheirIDs: the name may have been removed, or given to
+// another image, while the container runs on.
+func TestMountedImagesAreFoundByTheirIDs(t *testing.T) {
+	k := newKit(t)
+	p := k.pod("a")
+	cfg := ctrConfig("c")
+	cfg.Mounts = []Mount{{ContainerPath: "/volume", Image: "volume:1", Readonly: true}}
+	c := must(k.CreateContainer(context.Background(), string(p), cfg))(t)
+	ok(t, k.StartContainer(context.Background(), string(c)))
+	ref := k.status(c).Config.Mounts[0].ImageRef
+	k.w.acquired = nil
+	k2 := k.killed()
+	k.w.mu.Lock()
+	got := slices.Clone(k.w.acquired)
+	k.w.mu.Unlock()
+	if ref == "" || len(got) != 2 || slices.Contains(got, "volume:1") || !slices.Contains(got, ref) {
+		t.Errorf("the images were asked for as %q, and the volume is %q", got, ref)
+	}
+	ok(t, k2.RemovePod(context.Background(), string(p)))
+	k2.empty()
+}
