@@ -465,6 +465,9 @@ func (e *Engine) remake(c *container) {
 	ctx, cancel := context.WithTimeout(e.ctx, opLimit)
 	defer cancel()
 	if err := e.makeAgain(ctx, c); err != nil {
+		if e.ctx.Err() != nil || errors.Is(err, wire.ErrBroken) {
+			return // the next daemon tries again, or we with the next supervisor
+		}
 		klog.ErrorS(err, "Created container is lost", "container", c.id)
 		e.lose(c, lostBySupervisor)
 	}

@@ -239,3 +239,62 @@ func TestMountedImagesAreFoundByTheirIDs(t *testing.T) {
 	ok(t, k2.RemovePod(context.Background(), string(p)))
 	k2.empty()
 }
+
+// TestACreatedContainerOutlivesTwoSupervisors: the second one dies while the container
+// is made again in it, or the daemon is stopped then. It is made by the next.
+func TestACreatedContainerOutlivesTwoSupervisors(t *testing.T) {
+	for _, stopped := range []bool{false, true} {
+		t.Run(fmt.Sprint("daemon stopped ", stopped), func(t *testing.T) {
+			k := newKit(t)
+			p := k.pod("a")
+			c := k.ctr(p, "c")
+			lost := func() {
+				k.w.mu.Lock()
+				defer k.w.mu.Unlock()
+				delete(k.w.containers, c)
+			}
+			lost()
+			reached, free := make(chan struct{}), make(chan struct{})
+			var once sync.Once
+			k.w.set(func(op, _ string) (err error) {
+				if op == "create" {
+					once.Do(func() {
+						close(reached)
+						<-free
+						if err = wire.ErrBroken; stopped {
+							err = context.Canceled
+						}
+					})
+				}
+				return err
+			})
+			k.l.resync <- struct{}{}
+			<-reached
+			if stopped {
+				k.cancel()
+			}
+			close(free)
+			if stopped {
+				k.owned.Wait()
+				k = k.killed()
+			} else {
+				x := must(k.findContainer(string(c)))(t)
+				release, err := x.slot.take(context.Background()) // the first try is over
+				ok(t, err)
+				release()
+				k.l.resync <- struct{}{}
+			}
+			until(t, "the container is made again", func() bool {
+				k.w.mu.Lock()
+				defer k.w.mu.Unlock()
+				return k.w.containers[c] != nil || k.status(c).State == ContainerExited
+			})
+			if s := k.status(c); s.State != ContainerCreated {
+				t.Fatalf("%+v", s)
+			}
+			ok(t, k.StartContainer(context.Background(), string(c)))
+			ok(t, k.RemovePod(context.Background(), string(p)))
+			k.empty()
+		})
+	}
+}
