@@ -72,6 +72,9 @@ func (e *Engine) startContainer(ctx context.Context, c *container) error {
 	}
 	if err != nil {
 		err = fmt.Errorf("container %s: start: %w", rec.Config.Meta.Name, err)
+		if e.ctx.Err() != nil {
+			return err // we stopped waiting: the next daemon finds out what became of it
+		}
 		// The program may run although the answer was lost: it must not go on.
 		kill, cancel := context.WithTimeout(context.WithoutCancel(ctx), signalLimit)
 		defer cancel()

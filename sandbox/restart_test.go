@@ -298,3 +298,32 @@ func TestACreatedContainerOutlivesTwoSupervisors(t *testing.T) {
 		})
 	}
 }
+
+// TestAStartWhileTheDaemonStops: what the supervisor has begun is not taken for a
+// failure. The next daemon asks what became of it.
+func TestAStartWhileTheDaemonStops(t *testing.T) {
+	k := newKit(t)
+	p := k.pod("a")
+	c := k.ctr(p, "c")
+	reached, free := make(chan struct{}), make(chan struct{})
+	k.w.set(func(op, _ string) error {
+		if op == "start!" { // it runs, and the answer is on its way
+			close(reached)
+			<-free
+			return context.Canceled
+		}
+		return nil
+	})
+	go func() { _ = k.StartContainer(context.Background(), string(c)) }()
+	<-reached
+	k.cancel()
+	close(free)
+	k.owned.Wait()
+	k.w.set(nil)
+	k2 := k.killed()
+	if s := k2.status(c); s.State != ContainerRunning {
+		t.Errorf("%+v", s)
+	}
+	ok(t, k2.RemovePod(context.Background(), string(p)))
+	k2.empty()
+}
