@@ -240,7 +240,7 @@ func (e *Engine) settle(ctx context.Context, c *container, started time.Time) er
 		return err
 	}
 	if rec := c.record(); rec.State == lifecycle.Running && rec.StartedAt.Equal(started) {
-		e.compare(c, known[c.id])
+		e.compare(c, rec, known[c.id])
 	}
 	return nil
 }

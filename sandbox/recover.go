@@ -383,7 +383,7 @@ func (e *Engine) recoverContainer(c *container, known *wire.Info) {
 	case lifecycle.Removing:
 		close(c.exited)
 	default:
-		e.compare(c, known)
+		e.compare(c, rec, known)
 	}
 }
 
@@ -420,9 +420,9 @@ func (e *Engine) silence(c *container, known *wire.Info) {
 	})
 }
 
-// compare brings a container that should be there in line with the supervisor's word.
-func (e *Engine) compare(c *container, known *wire.Info) {
-	rec := c.record()
+// compare brings a container that should be there, and was as rec says when the
+// supervisor was asked, in line with its word.
+func (e *Engine) compare(c *container, rec containerRecord, known *wire.Info) {
 	switch {
 	case known == nil && rec.State == lifecycle.Created && rec.BootID == e.bootID && c.pod.record().State == lifecycle.Ready:
 		e.owned.Go(func() { e.remake(c) })
@@ -517,11 +517,11 @@ func (e *Engine) resync(ctx context.Context) error {
 		return err
 	}
 	for _, c := range v.containers {
-		switch s := c.record().State; {
-		case s != was[c.id]:
-		case s == lifecycle.Created, s == lifecycle.Running:
-			e.compare(c, known[c.id])
-		case s == lifecycle.Exited:
+		switch rec := c.record(); {
+		case rec.State != was[c.id]:
+		case rec.State == lifecycle.Created, rec.State == lifecycle.Running:
+			e.compare(c, rec, known[c.id])
+		case rec.State == lifecycle.Exited:
 			e.silence(c, known[c.id])
 		}
 	}

@@ -327,3 +327,25 @@ func TestAStartWhileTheDaemonStops(t *testing.T) {
 	ok(t, k2.RemovePod(context.Background(), string(p)))
 	k2.empty()
 }
+
+// TestAComparisonLeavesANewStartAlone: one that began after the supervisor had said
+// that the container is created, and not running.
+func TestAComparisonLeavesANewStartAlone(t *testing.T) {
+	k := newKit(t)
+	p := k.pod("a")
+	c := k.ctr(p, "c")
+	x := must(k.findContainer(string(c)))(t)
+	was := x.record()
+	reached, free := k.w.blocking("start!")
+	started := make(chan error, 1)
+	go func() { started <- k.StartContainer(context.Background(), string(c)) }()
+	<-reached
+	k.compare(x, was, &wire.Info{ID: c, State: wire.Created})
+	free()
+	ok(t, <-started)
+	if s := k.status(c); s.State != ContainerRunning {
+		t.Errorf("%+v", s)
+	}
+	ok(t, k.RemovePod(context.Background(), string(p)))
+	k.empty()
+}
