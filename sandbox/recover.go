@@ -18,6 +18,7 @@ import (
 	"github.com/berth-runtime/berth/internal/crashpoint"
 	"github.com/berth-runtime/berth/internal/id"
 	"github.com/berth-runtime/berth/oci/supervisor/wire"
+	"github.com/berth-runtime/berth/sandbox/journal"
 	"github.com/berth-runtime/berth/sandbox/lifecycle"
 )
 
@@ -39,7 +40,9 @@ func (e *Engine) recover(ctx context.Context) error {
 		return err
 	}
 	crashpoint.Here("recover", "supervisor", "asked")
-	e.load()
+	if err := e.load(); err != nil {
+		return err
+	}
 	crashpoint.Here("recover", "records", "read")
 	v := e.view.Load()
 	for _, c := range v.containers {
@@ -103,16 +106,21 @@ func (e *Engine) startedBefore(ctx context.Context, c id.Container) (wire.StartR
 	return wire.StartReply{}, false
 }
 
-// load reads the journal into the indexes.
-func (e *Engine) load() {
-	tell(e.podBook.Load(func(_ string, body []byte) error {
+// load reads the journal into the indexes. Without all of the pods' records it would
+// take their containers for containers without a pod.
+func (e *Engine) load() error {
+	err := e.podBook.Load(func(_ string, body []byte) error {
 		r, err := decodePod(body)
 		if err == nil {
 			e.insertPod(&pod{id: r.ID, created: r.CreatedAt.UnixNano(), slot: newSlot(podSlot), rec: r})
 		}
 		return err
-	}), "Pod records that cannot be read")
-	tell(e.ctrBook.Load(func(key string, body []byte) error {
+	})
+	if errors.Is(err, journal.ErrUnread) {
+		return fmt.Errorf("pod records: %w", err)
+	}
+	tell(err, "Pod records that cannot be read")
+	err = e.ctrBook.Load(func(key string, body []byte) error {
 		r, err := decodeContainer(body)
 		if err != nil {
 			return err
@@ -130,7 +138,12 @@ func (e *Engine) load() {
 		}
 		e.insertContainer(&container{id: r.ID, pod: p, created: r.CreatedAt.UnixNano(), slot: newSlot(containerSlot), exited: make(chan struct{}), rec: r})
 		return nil
-	}), "Container records that cannot be read")
+	})
+	if errors.Is(err, journal.ErrUnread) {
+		return fmt.Errorf("container records: %w", err)
+	}
+	tell(err, "Container records that cannot be read")
+	return nil
 }
 
 // finishRemovals goes on with the removals that the last daemon began.

@@ -11,9 +11,11 @@ import (
 	"time"
 
 	"github.com/containerd/errdefs"
+	"golang.org/x/sys/unix"
 
 	"github.com/berth-runtime/berth/internal/id"
 	"github.com/berth-runtime/berth/oci/supervisor/wire"
+	"github.com/berth-runtime/berth/sandbox/journal"
 	"github.com/berth-runtime/berth/sandbox/lifecycle"
 )
 
@@ -348,4 +350,36 @@ func TestAComparisonLeavesANewStartAlone(t *testing.T) {
 	}
 	ok(t, k.RemovePod(context.Background(), string(p)))
 	k.empty()
+}
+
+// TestAWantOfDescriptorsCostsNoContainer: a daemon that cannot read its records does
+// not start, and takes no container for one without a pod.
+func TestAWantOfDescriptorsCostsNoContainer(t *testing.T) {
+	k := newKit(t)
+	p := k.pod("a")
+	c := k.running(p, "c")
+	k.drop()
+	var was unix.Rlimit
+	ok(t, unix.Getrlimit(unix.RLIMIT_NOFILE, &was))
+	limit := func(n uint64) { _ = unix.Setrlimit(unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: n, Max: was.Max}) }
+	defer limit(was.Cur)
+	k.w.set(func(op, _ string) error {
+		if op == "list!" {
+			limit(0)
+		}
+		return nil
+	})
+	l := k.w.connect()
+	_, err := Open(context.Background(), Config{Root: k.root, State: k.state, Images: l, Network: l, Runtime: l, Streams: &streams{link: l}, FDs: l, Reconcile: -1})
+	limit(was.Cur)
+	if !errors.Is(err, journal.ErrUnread) {
+		t.Fatal(err)
+	}
+	k.w.set(nil)
+	k2 := openKit(t, k.w, k.root, k.state)
+	if s := k2.status(c); s.State != ContainerRunning {
+		t.Errorf("%+v", s)
+	}
+	ok(t, k2.RemovePod(context.Background(), string(p)))
+	k2.empty()
 }

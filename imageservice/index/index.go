@@ -142,6 +142,8 @@ func (d Dir) Look() (Contents, error) {
 		}
 		if r, err := d.read(p); err == nil {
 			c.Records = append(c.Records, r)
+		} else if durable.IsShort(err) { // it may be whole
+			return c, fmt.Errorf("image index: %w", err)
 		} else {
 			c.Damaged[e.Name()] = err
 		}

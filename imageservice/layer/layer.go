@@ -99,6 +99,9 @@ func Open(root string) (*Store, []string, error) {
 	var damaged []string
 	for _, e := range names {
 		info, err := s.load(e.Name())
+		if durable.IsShort(err) { // it may be whole
+			return nil, nil, fmt.Errorf("layer store: %w", err)
+		}
 		if err != nil {
 			s.suspect = true
 			damaged = append(damaged, fmt.Sprintf("layer %s: %v", e.Name(), err))

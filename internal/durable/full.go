@@ -55,3 +55,9 @@ func mountOf(path string) string {
 		}
 	}
 }
+
+// IsShort says whether err comes from a want of descriptors or memory, which says
+// nothing of the file: it may be whole, and be read a moment later.
+func IsShort(err error) bool {
+	return errors.Is(err, unix.EMFILE) || errors.Is(err, unix.ENFILE) || errors.Is(err, unix.ENOMEM)
+}

@@ -127,11 +127,12 @@ func (b *Book) Remove(key string) error {
 
 // Load calls f with each record, in no order. A record that cannot be read is
 // renamed to <key>.json.bad and its error returned among the others; f's errors
-// count the same.
+// count the same. When the folder cannot be read, or descriptors or memory are
+// short, Load ends with ErrUnread: what is whole must not count as lost.
 func (b *Book) Load(f func(key string, body []byte) error) error {
 	entries, err := os.ReadDir(b.dir)
 	if err != nil {
-		return fmt.Errorf("journal: %w", err)
+		return fmt.Errorf("journal: %w: %w", err, ErrUnread)
 	}
 	var errs []error
 	for _, e := range entries {
@@ -148,6 +149,9 @@ func (b *Book) Load(f func(key string, body []byte) error) error {
 			errs = append(errs, os.Remove(b.path(key)))
 			continue
 		}
+		if durable.IsShort(err) {
+			return errors.Join(append(errs, fmt.Errorf("journal %s: %w: %w", key, err, ErrUnread))...)
+		}
 		if err == nil {
 			err = f(key, body)
 		}
@@ -158,6 +162,9 @@ func (b *Book) Load(f func(key string, body []byte) error) error {
 	}
 	return errors.Join(errs...)
 }
+
+// ErrUnread is the error of a Load that did not see all records.
+var ErrUnread = errors.New("not all records were read")
 
 // Look calls f with each record in dir, in no order, and changes nothing: with the
 // error of one that cannot be read, and with ErrAside and the file's name as the key

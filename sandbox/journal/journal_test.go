@@ -9,6 +9,8 @@ import (
 	"strings"
 	"testing"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/berth-runtime/berth/internal/id"
 )
 
@@ -241,5 +243,40 @@ func TestLookChangesNothing(t *testing.T) {
 	}
 	if err := Look(filepath.Join(dir, "missing"), nil); err != nil {
 		t.Errorf("a missing folder: %v", err)
+	}
+}
+
+// TestAWantOfDescriptorsIsNoDamage: from the folder on, and from the second record on.
+func TestAWantOfDescriptorsIsNoDamage(t *testing.T) {
+	dir := t.TempDir()
+	b, err := Open(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for range 3 {
+		if err := b.Write(string(id.NewPod()), rec{"x"}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	var was unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &was); err != nil {
+		t.Fatal(err)
+	}
+	limit := func(n uint64) error { return unix.Setrlimit(unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: n, Max: was.Max}) }
+	defer func() { _ = limit(was.Cur) }()
+	for _, n := range []int{0, 1} {
+		read := 0
+		if n == 0 {
+			_ = limit(0)
+		}
+		err := b.Load(func(string, []byte) error { read++; return limit(0) })
+		_ = limit(was.Cur)
+		if read != n || !errors.Is(err, ErrUnread) {
+			t.Errorf("%d read: %v", read, err)
+		}
+	}
+	read := 0
+	if err := b.Load(func(string, []byte) error { read++; return nil }); err != nil || read != 3 {
+		t.Errorf("%d read after it: %v", read, err)
 	}
 }
