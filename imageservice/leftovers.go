@@ -66,7 +66,12 @@ func Look(root string, used func(id string) bool) ([]leftover.Finding, error) {
 		}
 	}
 	found, broken, err := layer.Look(root, wanted)
-	out = append(out, found...)
+	for _, f := range found {
+		if len(c.Damaged) > 0 && f.Remove != nil {
+			f.Remove, f.Remedy = nil, "a record that cannot be read may be of its image, and containers may run on it: start berthd, which sets both aside"
+		}
+		out = append(out, f)
+	}
 	for _, r := range kept {
 		var names []string
 		for _, t := range r.Tags {

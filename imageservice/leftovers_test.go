@@ -179,3 +179,28 @@ func TestLookSaysWhatIsBroken(t *testing.T) {
 		t.Error("still there")
 	}
 }
+
+// TestLookKeepsLayersOfADamagedRecord: a container may run on them.
+func TestLookKeepsLayersOfADamagedRecord(t *testing.T) {
+	h := newHub(t)
+	root := t.TempDir()
+	s := newService(t, root)
+	push(t, h.host()+"/used:1", imageOf(t, compressed(t, "gzip", tarOf(t, map[string]string{"used": "used"}))))
+	img, err := s.Pull(t.Context(), PullRequest{Ref: h.host() + "/used:1"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	record := filepath.Join(root, "index", strings.Replace(string(img.ID), ":", "-", 1)+".json")
+	if err := os.WriteFile(record, []byte("{"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	found, err := Look(root, func(id string) bool { return id == string(img.ID) })
+	if err != nil || len(found) != 2 {
+		t.Fatalf("found %+v, %v", found, err)
+	}
+	for _, f := range found {
+		if f.Remove != nil || f.Remedy == "" {
+			t.Errorf("%+v", f)
+		}
+	}
+}
