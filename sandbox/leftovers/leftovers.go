@@ -204,12 +204,13 @@ func (l *look) undead(i wire.Info) leftover.Finding {
 // makes none, but a hook or a person may have. What an operator has mounted at the
 // folders above is theirs.
 func (l *look) mounts() error {
-	found, err := mountsBelow(l.Pods, l.Layers, filepath.Join(l.State, "external"))
+	dirs := resolved(l.Pods, l.Layers, filepath.Join(l.State, "external"))
+	found, err := mountsBelow(dirs...)
 	if err != nil {
 		return err
 	}
 	for _, at := range found {
-		owner := ownerOf(at)
+		owner := ownerOf(at, dirs)
 		if owner == "" {
 			continue
 		}
@@ -232,23 +233,36 @@ func (l *look) onRecord(name string) bool {
 	return l.rec.Pod(id.Pod(name)) || l.rec.Container(id.Container(name))
 }
 
-// ownerOf is the id in a path.
-func ownerOf(path string) string {
-	for part := range strings.SplitSeq(path, "/") {
-		if id.Valid(part) == nil {
-			return part
+// ownerOf is the first id in a path below one of the folders; those above may be in
+// a folder that is named by another program's id.
+func ownerOf(path string, dirs []string) string {
+	for _, d := range dirs {
+		below, ok := strings.CutPrefix(path, d+"/")
+		if !ok {
+			continue
+		}
+		for part := range strings.SplitSeq(below, "/") {
+			if id.Valid(part) == nil {
+				return part
+			}
 		}
 	}
 	return ""
 }
 
-// mountsBelow lists the mount points below the folders, the innermost first.
-func mountsBelow(dirs ...string) (out []string, err error) {
-	for i, d := range dirs { // the mount table has resolved paths
+// resolved are the folders as the mount table names them.
+func resolved(dirs ...string) []string {
+	for i, d := range dirs {
 		if real, err := filepath.EvalSymlinks(d); err == nil {
 			dirs[i] = real
 		}
 	}
+	return dirs
+}
+
+// mountsBelow lists the mount points below the folders, the innermost first.
+func mountsBelow(dirs ...string) (out []string, err error) {
+	dirs = resolved(dirs...)
 	all, err := mountinfo.GetMounts(func(m *mountinfo.Info) (skip, stop bool) {
 		for _, d := range dirs {
 			if strings.HasPrefix(m.Mountpoint, d+"/") && !strings.HasSuffix(m.Mountpoint, "//deleted") {

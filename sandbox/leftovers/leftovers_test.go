@@ -258,6 +258,25 @@ func TestUnprovedCgroups(t *testing.T) {
 	p.want("cgroup "+p.Parent+"/"+string(unknown), "process "+strconv.Itoa(pid))
 }
 
+// TestMountsBelowAnIDOfAnother: the daemon's folders are in one that is named by an
+// id, as a volume of another runtime is. Mounts belong to whom they belonged anyway.
+func TestMountsBelowAnIDOfAnother(t *testing.T) {
+	p := newPlace(t)
+	live, dead := id.NewContainer(), id.NewContainer()
+	p.containers[live] = true
+	p.Layers = p.mkdir(filepath.Join(filepath.Dir(p.State), string(id.NewPod()), "containers"))
+	var at []string
+	for _, c := range []id.Container{live, dead} {
+		dir := p.mkdir(filepath.Join(p.Layers, string(c[:1]), string(c), "rootfs"))
+		if err := unix.Mount("none", dir, "tmpfs", 0, ""); err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { _ = unix.Unmount(dir, unix.MNT_DETACH) })
+		at = append(at, dir)
+	}
+	p.want("mount "+at[0], "mount "+at[1]+"!", "layer "+filepath.Dir(at[1])+"!")
+}
+
 // TestFolders: pod files and layers of nobody are found, and what is mounted in them
 // is taken off first and never emptied.
 func TestFolders(t *testing.T) {
