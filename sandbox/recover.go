@@ -54,9 +54,13 @@ func (e *Engine) recover(ctx context.Context) error {
 	if err := e.fetchFiles(ctx, v.pods); err != nil {
 		return err
 	}
+	restored := true
 	for _, p := range v.pods {
 		e.lastCreate.Store(max(e.lastCreate.Load(), p.created))
-		e.recoverPod(p, known)
+		if err := e.recoverPod(p, known); err != nil {
+			klog.ErrorS(err, "Network record of a pod is not made again", "pod", p.id)
+			restored = false
+		}
 		crashpoint.Here("recover", "pod", "done")
 	}
 	starting := false
@@ -69,9 +73,11 @@ func (e *Engine) recover(ctx context.Context) error {
 	if starting {
 		e.owned.Go(e.lookAgain)
 	}
-	e.owned.Go(func() {
-		tell(e.collectNetwork(e.ctx), "Network plugins could not be told of the attachments to keep")
-	})
+	if restored { // else plugins would free the address of a pod that runs
+		e.owned.Go(func() {
+			tell(e.collectNetwork(e.ctx), "Network plugins could not be told of the attachments to keep")
+		})
+	}
 	e.finishRemovals()
 	return nil
 }
@@ -198,8 +204,9 @@ func (e *Engine) supervised(ctx context.Context) (map[id.Container]*wire.Info, e
 	return known, nil
 }
 
-// recoverPod publishes what is true of a pod. Its files have been fetched.
-func (e *Engine) recoverPod(p *pod, known map[id.Container]*wire.Info) {
+// recoverPod publishes what is true of a pod. Its files have been fetched. The error
+// is of the network's own record.
+func (e *Engine) recoverPod(p *pod, known map[id.Container]*wire.Info) (err error) {
 	rec := p.record()
 	switch rec.State {
 	case lifecycle.Creating:
@@ -209,7 +216,7 @@ func (e *Engine) recoverPod(p *pod, known map[id.Container]*wire.Info) {
 			defer release()
 			tell(e.unmakePod(e.ctx, p), "Half-made pod", "pod", p.id)
 		})
-		return
+		return nil
 	case lifecycle.Ready:
 		var why string
 		switch {
@@ -221,7 +228,7 @@ func (e *Engine) recoverPod(p *pod, known map[id.Container]*wire.Info) {
 			why = lostInit
 		}
 		if rec.BootID == e.bootID && p.hasAll() {
-			e.restoreNetwork(e.ctx, p)
+			err = e.restoreNetwork(e.ctx, p)
 		}
 		if why != "" {
 			tell(e.stepPod(p, lifecycle.Lost, func(r *podRecord) { r.Reason = why }), "Pod is lost", "pod", p.id)
@@ -229,6 +236,7 @@ func (e *Engine) recoverPod(p *pod, known map[id.Container]*wire.Info) {
 	}
 	rec = p.record()
 	p.status.Store(rec.status())
+	return err
 }
 
 // unmakePod takes down what there is of a half-made pod and forgets it. What
@@ -251,11 +259,12 @@ func (e *Engine) unmakePod(ctx context.Context, p *pod) error {
 }
 
 // restoreNetwork lets the network know of a pod whose record it may have lost.
-func (e *Engine) restoreNetwork(ctx context.Context, p *pod) {
+func (e *Engine) restoreNetwork(ctx context.Context, p *pod) error {
 	rec := p.record()
 	if r, ok := e.cfg.Network.(cni.Restorer); ok && rec.Attachment.Network != "" {
-		tell(r.Restore(ctx, rec.network(), rec.Attachment), "Network record of a pod is not made again", "pod", p.id)
+		return r.Restore(ctx, rec.network(), rec.Attachment)
 	}
+	return nil
 }
 
 func runs(i *wire.Info) bool { return i != nil && i.State == wire.Running }

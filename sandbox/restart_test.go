@@ -7,12 +7,14 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
 	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
 
+	"github.com/berth-runtime/berth/cni"
 	"github.com/berth-runtime/berth/internal/id"
 	"github.com/berth-runtime/berth/oci/supervisor/wire"
 	"github.com/berth-runtime/berth/sandbox/journal"
@@ -382,4 +384,36 @@ func TestAWantOfDescriptorsCostsNoContainer(t *testing.T) {
 	}
 	ok(t, k2.RemovePod(context.Background(), string(p)))
 	k2.empty()
+}
+
+// forgetful is a network that has lost its records.
+type forgetful struct {
+	*link
+	err       error // of making them again
+	collected atomic.Int32
+}
+
+func (f *forgetful) Restore(context.Context, cni.Pod, cni.Attachment) error { return f.err }
+func (f *forgetful) Collect(context.Context) error                          { f.collected.Add(1); return nil }
+
+// TestPluginsCollectWhatIsOnTheirRecord: when the record of a pod that runs could not
+// be made again, they are not told to free all that is on none.
+func TestPluginsCollectWhatIsOnTheirRecord(t *testing.T) {
+	for _, err := range []error{nil, unix.ENOSPC} {
+		k := newKit(t)
+		k.running(k.pod("a"), "c")
+		k.drop()
+		l := k.w.connect()
+		n := &forgetful{link: l, err: err}
+		e := must(Open(context.Background(), Config{Root: k.root, State: k.state, Images: l, Network: n, Runtime: l, Streams: &streams{link: l}, FDs: l, Reconcile: -1}))(t)
+		e.cancel()
+		e.owned.Wait()
+		ok(t, errors.Join(e.empty.Close(), e.past.Close()))
+		for _, p := range e.view.Load().pods {
+			p.closeFiles()
+		}
+		if got := n.collected.Load() == 1; got != (err == nil) {
+			t.Errorf("records made again: %v; collected: %v", err, got)
+		}
+	}
 }
