@@ -173,6 +173,10 @@ func (e *Engine) removePod(ctx context.Context, p *pod) error {
 	if err := errors.Join(errs...); err != nil {
 		return fmt.Errorf("remove pod sandbox %s: %w", id.Short(p.id), err)
 	}
+	// A pod that was lost with all that it held has nothing to stop, and may have its files.
+	if err := os.RemoveAll(e.podDir(p.id)); err != nil {
+		return fmt.Errorf("remove pod sandbox %s: %w", id.Short(p.id), err)
+	}
 	if rec := p.record(); rec.OwnCgroup {
 		e.removeCgroup(rec.Cgroup)
 	}

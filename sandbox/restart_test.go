@@ -417,3 +417,36 @@ func TestPluginsCollectWhatIsOnTheirRecord(t *testing.T) {
 		}
 	}
 }
+
+// TestALostPodOfTheNodesNetwork: without a network and an init of its own it has
+// nothing to stop once its supervisor is gone. Its files go with it all the same.
+func TestALostPodOfTheNodesNetwork(t *testing.T) {
+	k := newKit(t)
+	cfg := podConfig("a")
+	cfg.Namespaces.Network, cfg.Namespaces.PID = NamespaceNode, NamespaceContainer
+	p := must(k.RunPod(context.Background(), cfg))(t)
+	k.drop()
+	ok(t, k.l.w.forget())
+	k2 := openKit(t, k.w, k.root, k.state)
+	<-k2.looked
+	if s := must(k2.Pod(string(p)))(t); s.State != PodNotReady {
+		t.Errorf("%+v", s)
+	}
+	ok(t, k2.StopPod(context.Background(), string(p)))
+	ok(t, k2.RemovePod(context.Background(), string(p)))
+	if l := k2.leftovers(); len(l) > 0 {
+		t.Errorf("left behind: %q", l)
+	}
+	k2.empty()
+}
+
+// forget is the end of a supervisor with all that it kept.
+func (w *world) forget() (err error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	for name, f := range w.fds {
+		err = errors.Join(err, f.Close())
+		delete(w.fds, name)
+	}
+	return err
+}
