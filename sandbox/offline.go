@@ -58,6 +58,11 @@ func (o Offline) Leftovers(ctx context.Context) ([]leftover.Finding, error) {
 		return nil, err
 	}
 	found, err := leftovers.Look(ctx, places(o.Root, o.State, cgroups, past, o.Supervisor), r.records())
+	for i := range found { // the first process of a pod is on its record only
+		if f := &found[i]; f.Kind == leftover.Container && len(r.unreadable) > 0 {
+			f.Remove, f.Remedy = nil, "a record that cannot be read may be of it: start berthd"
+		}
+	}
 	errs := []error{err}
 	network, err := o.Network(cni.InUse{Pod: r.usesNetwork, IPs: r.addresses})
 	if err != nil {

@@ -263,3 +263,34 @@ func TestReconcilerLeavesOperationsAlone(t *testing.T) {
 	mu.Unlock()
 	k.empty()
 }
+
+// TestOfflineLeavesAnUnreadablePodAlone: its init too, of which no other record tells.
+func TestOfflineLeavesAnUnreadablePodAlone(t *testing.T) {
+	k := newKit(t)
+	p := k.pod("a")
+	init := must(k.findPod(string(p)))(t).record().Init
+	k.running(p, "c")
+	k.drop()
+	ok(t, os.WriteFile(filepath.Join(recordsDir(k.root), "pods", string(p)+".json"), []byte("{}"), 0o600))
+	l := k.w.connect()
+	found, err := Offline{
+		Root: k.root, State: k.state,
+		Supervisor: struct {
+			Runtime
+			RuntimeFDs
+		}{l, l},
+		Network: func(use cni.InUse) ([]leftover.Finding, error) { return l.Leftovers(context.Background(), use) },
+		Images:  func(func(string) bool) ([]leftover.Finding, error) { return nil, nil },
+	}.Leftovers(context.Background())
+	ok(t, err)
+	seen := false
+	for _, f := range found {
+		seen = seen || f.Name == string(init)
+		if f.Remove != nil {
+			t.Errorf("%s %s would be removed: %s", f.Kind, f.Name, f.Detail)
+		}
+	}
+	if init == "" || !seen {
+		t.Errorf("the init %q is not reported: %+v", init, found)
+	}
+}
