@@ -543,6 +543,40 @@ func TestRecordsOfAnEarlierVersion(t *testing.T) {
 	}
 }
 
+// TestRestoreWhileThePoolTriesItsAddress: the pod whose record was lost keeps it when
+// the pool, which was there first, gives it back.
+func TestRestoreWhileThePoolTriesItsAddress(t *testing.T) {
+	w := newWorld(t)
+	dir := t.TempDir()
+	small := []netip.Prefix{netip.MustParsePrefix("10.9.8.0/29"), netip.MustParsePrefix("fd00:9::/64")}
+	n := w.open(Config{StateDir: dir, Subnets: small, PoolSize: -1})
+	p := w.pod(n)
+	if err := n.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.RemoveAll(filepath.Join(dir, "pods")); err != nil {
+		t.Fatal(err)
+	}
+	n = w.open(Config{StateDir: dir, Subnets: small, PoolSize: -1})
+	tried, err := n.address()
+	if err != nil || !slices.Equal(tried.ips, p.IPs) {
+		t.Fatalf("tried %+v, %v", tried, err)
+	}
+	if err := n.Restore(context.Background(), p.Pod, p.Attachment); err != nil {
+		t.Fatal(err)
+	}
+	n.free(tried)
+	for range 4 { // all that are left
+		got, err := n.address()
+		if err != nil || slices.ContainsFunc(got.ips, func(ip netip.Addr) bool { return slices.Contains(p.IPs, ip) }) {
+			t.Fatalf("%+v, %v", got, err)
+		}
+	}
+	if got, err := n.address(); err == nil {
+		t.Errorf("%v of %v was given out again", got.ips, p.IPs)
+	}
+}
+
 func TestTableComesBack(t *testing.T) {
 	w := newWorld(t)
 	n := w.open(Config{})

@@ -101,10 +101,19 @@ func (n *Network) address() (*ready, error) {
 	return nil, fmt.Errorf("pod address: the links of %d addresses in a row are still being deleted: %w", attempts, errdefs.ErrUnavailable)
 }
 
+// free gives back what address took, but for what Restore found to be a pod's
+// meanwhile: the link that w could not have is that pod's.
 func (n *Network) free(w *ready) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	n.freeLocked(w.link, w.ips)
+	link, ips := w.link, slices.Clone(w.ips)
+	for _, r := range n.pods {
+		if r.Link == link {
+			link = ""
+		}
+		ips = slices.DeleteFunc(ips, func(ip netip.Addr) bool { return slices.Contains(r.IPs, ip) })
+	}
+	n.freeLocked(link, ips)
 }
 
 // discard closes namespaces that got no pod.
