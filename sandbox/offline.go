@@ -41,6 +41,9 @@ type offline struct {
 // Leftovers looks for what the reconciler of a running daemon looks for, and changes
 // nothing. What a daemon will take up or down at its start is on record, and no leftover.
 func (o Offline) Leftovers(ctx context.Context) ([]leftover.Finding, error) {
+	if err := checkRoot(o.Root, o.State); err != nil {
+		return nil, err
+	}
 	bootID, err := readBootID()
 	if err != nil {
 		return nil, err

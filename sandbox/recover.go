@@ -40,6 +40,10 @@ func (e *Engine) recover(ctx context.Context) error {
 		return err
 	}
 	crashpoint.Here("recover", "supervisor", "asked")
+	if err := checkRoot(e.cfg.Root, e.cfg.State); err != nil && len(known) > 0 {
+		return err
+	}
+	tell(claimState(e.cfg.Root, e.cfg.State), "State folder is not marked as this root folder's", "state", e.cfg.State)
 	if err := e.load(); err != nil {
 		return err
 	}

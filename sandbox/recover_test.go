@@ -125,6 +125,7 @@ func liveKilledAt(t *testing.T, n int32) (crashed bool) {
 		old.dead.Store(true)
 		copyDir(t, k.root, root)
 		copyDir(t, k.state, state)
+		ok(t, os.Remove(filepath.Join(state, rootFile))) // the copy belongs to the copy
 		where = op
 		close(at)
 		runtime.Goexit()

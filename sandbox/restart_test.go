@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
@@ -449,4 +451,34 @@ func (w *world) forget() (err error) {
 		delete(w.fds, name)
 	}
 	return err
+}
+
+// TestTheStateOfAnotherRoot: with the wrong root folder all that runs would be on no
+// record. Neither a daemon nor fsck takes it for left over; a symbolic link is no
+// other folder.
+func TestTheStateOfAnotherRoot(t *testing.T) {
+	k := newKit(t)
+	p := k.pod("a")
+	c := k.running(p, "c")
+	k.drop()
+	wrong := t.TempDir()
+	l := k.w.connect()
+	e, err := Open(context.Background(), Config{Root: wrong, State: k.state, Images: l, Network: l, Runtime: l, Streams: &streams{link: l}, FDs: l, Reconcile: -1})
+	if err == nil || !strings.Contains(err.Error(), k.root) {
+		t.Errorf("a daemon opened: %v, %v", e, err)
+	}
+	if found, err := (Offline{Root: wrong, State: k.state}).Leftovers(context.Background()); err == nil || len(found) > 0 {
+		t.Errorf("fsck found %+v, %v", found, err)
+	}
+	link := filepath.Join(t.TempDir(), "link")
+	ok(t, os.Symlink(k.root, link))
+	k2 := openKit(t, k.w, link, k.state)
+	if s := k2.status(c); s.State != ContainerRunning {
+		t.Errorf("%+v", s)
+	}
+	ok(t, k2.RemovePod(context.Background(), string(p)))
+	k2.empty()
+	k2.drop()
+	openKit(t, k.w, wrong, k.state) // nothing runs: it is the new one's
+	ok(t, checkRoot(wrong, k.state))
 }
