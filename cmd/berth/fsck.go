@@ -112,7 +112,7 @@ func (e *env) fsck(ctx context.Context, cfg *config.Config, repair bool) error {
 		r.Findings = append(r.Findings, fsckFinding{Finding: f})
 	}
 	if repair {
-		unseen = r.repair(ctx, look)
+		unseen = r.repair(ctx, look, unseen)
 	}
 	left := 0
 	for _, f := range r.Findings {
@@ -222,9 +222,9 @@ func twice(ctx context.Context, look looker) ([]leftover.Finding, error) {
 }
 
 // repair removes what was found and what is found after that. In the end everything
-// is looked for once more: what is still there was not removed.
-func (r *fsckReport) repair(ctx context.Context, look looker) error {
-	var unseen error
+// is looked for once more: what is still there was not removed. The result is the
+// error of the last look, which is unseen when there was nothing to remove.
+func (r *fsckReport) repair(ctx context.Context, look looker, unseen error) error {
 	for pass := 0; ; pass++ {
 		tried := false
 		for i := range r.Findings {

@@ -75,6 +75,28 @@ func TestFsck(t *testing.T) {
 	}
 }
 
+// TestFsckOfAnothersState: the root folder is not that of the records, so all that
+// the supervisor holds would be on none.
+func TestFsckOfAnothersState(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("skipped: needs root: fsck looks at what only root sees")
+	}
+	root, state, theirs := t.TempDir(), t.TempDir(), t.TempDir()
+	dir := filepath.Join(state, "pods", strings.Repeat("a", 64))
+	if err := errors.Join(os.MkdirAll(dir, 0o755), os.WriteFile(filepath.Join(state, "root"), []byte(theirs), 0o600)); err != nil {
+		t.Fatal(err)
+	}
+	for _, args := range [][]string{{}, {"--repair"}} {
+		out, _, code := runFsck(t, append([]string{"--root", root, "--state", state}, args...)...)
+		if code != 2 || !strings.Contains(out, theirs) {
+			t.Errorf("%v: exit code %d\n%s", args, code, out)
+		}
+	}
+	if _, err := os.Stat(dir); err != nil {
+		t.Error(err)
+	}
+}
+
 func TestFsckReport(t *testing.T) {
 	var out bytes.Buffer
 	now := time.Date(2030, 1, 2, 12, 0, 0, 0, time.UTC)
