@@ -35,13 +35,14 @@ const (
 // end) goes on behind it, with the slot of its own pod or container taken, so that
 // calls for that one wait and nobody else does.
 func (e *Engine) recover(ctx context.Context) error {
+	foreign := checkRoot(e.cfg.Root, e.cfg.State)
 	known, err := e.supervised(ctx)
 	if err != nil {
 		return err
 	}
 	crashpoint.Here("recover", "supervisor", "asked")
-	if err := checkRoot(e.cfg.Root, e.cfg.State); err != nil && len(known) > 0 {
-		return err
+	if foreign != nil && len(known) > 0 {
+		return foreign
 	}
 	tell(claimState(e.cfg.Root, e.cfg.State), "State folder is not marked as this root folder's", "state", e.cfg.State)
 	if err := e.load(); err != nil {
