@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/berth-runtime/berth/internal/id"
+	"github.com/berth-runtime/berth/internal/leftover"
 	"github.com/berth-runtime/berth/internal/ranked"
 )
 
@@ -24,6 +25,7 @@ type kit struct {
 	l           *link
 	root, state string
 	looked      chan struct{} // closed when leftovers were looked for twice
+	torn        bool          // records were lost: what they named is the reconciler's
 }
 
 func needRoot(t testing.TB) {
@@ -185,7 +187,13 @@ func (k *kit) empty() {
 	done := make(chan struct{})
 	go func() { // a test may kill the engine in it
 		defer close(done)
-		k.reconciled() // what was on its way out at the first looks
+		r := k.reconciled() // what was on its way out at the first looks
+		for kind, n := range r.Removed {
+			// An exit may be on its way. Anything else an operation has left behind.
+			if kind != leftover.Lost && !k.torn {
+				k.t.Errorf("left to the reconciler: %d of kind %s", n, kind)
+			}
+		}
 	}()
 	<-done
 	for end := time.Now().Add(10 * time.Second); time.Now().Before(end); time.Sleep(time.Millisecond) {

@@ -421,6 +421,7 @@ func TestPowerLossCutsRecords(t *testing.T) {
 		t.Errorf("%+v", s)
 	}
 	ok(t, k2.RemovePod(context.Background(), string(p)))
+	k2.torn = true
 	k2.empty()
 }
 
