@@ -133,7 +133,7 @@ func (c *Client) handOver(ctx context.Context, l *link, lost []id.Container) err
 				wire.CloseFiles(got)
 				if errors.Is(err, wire.ErrUnknownProfile) { // more of them than it keeps
 					h.Profile = c.held.profileOf(n)
-					got, err = l.call(ctx, wire.OpAdopt, h, nil, files...)
+					got, err = l.call(ctx, wire.OpAdopt, h, nil, nil, files...)
 					wire.CloseFiles(got)
 				}
 				wire.CloseFiles(files)
