@@ -543,6 +543,13 @@ func (e *Engine) resync(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	running := 0
+	for _, i := range known {
+		if i.State == wire.Running {
+			running++
+		}
+	}
+	klog.InfoS("The supervisor was lost and another one, or the same again, serves; see supervisor.log in the state folder", "running", running)
 	for _, c := range v.containers {
 		switch rec := c.record(); {
 		case rec.State != was[c.id]:
