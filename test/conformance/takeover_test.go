@@ -4,7 +4,6 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strings"
 	"sync"
@@ -16,7 +15,7 @@ import (
 	"google.golang.org/grpc/status"
 	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
 
-	"github.com/berth-runtime/berth/internal/kernel"
+	"github.com/berth-runtime/berth/test/harness"
 	"github.com/berth-runtime/berth/test/pace"
 )
 
@@ -55,26 +54,13 @@ func wantRunning(t *testing.T, c string, pid int) {
 	}
 }
 
-// codesSurvive tells whether this kernel tells others than the parent how a process
-// ended (Linux 6.15). Else what has lost its supervisor ends with 255, Unknown,
-// unless its status could be read before the machine's init reaped it.
-var codesSurvive = sync.OnceValue(func() bool {
-	fd := -1
-	cmd := exec.Command("/bin/sh", "-c", "exit 3")
-	cmd.SysProcAttr = &syscall.SysProcAttr{PidFD: &fd}
-	_ = cmd.Run()
-	defer syscall.Close(fd)
-	_, ok, err := kernel.ExitStatus(fd)
-	return ok && err == nil
-})
-
 // ended checks how a container ended that may have lost its supervisor.
 func ended(t *testing.T, s *cri.ContainerStatus, code int32, reason string) {
 	t.Helper()
 	if s.State == cri.ContainerState_CONTAINER_EXITED && s.ExitCode == code && s.Reason == reason {
 		return
 	}
-	if !codesSurvive() && s.ExitCode == 255 && s.Reason == "Unknown" && s.Message != "" {
+	if harness.CodeUnknown(s) {
 		return
 	}
 	t.Errorf("ended with %d %s (%s), want %d %s", s.ExitCode, s.Reason, s.Message, code, reason)
@@ -180,7 +166,7 @@ func TestExecsOutliveTheSupervisor(t *testing.T) {
 	var wg sync.WaitGroup
 	wg.Go(func() {
 		r, err := node.Runtime.ExecSync(ctx(t), &cri.ExecSyncRequest{ContainerId: c, Cmd: []string{"/bin/exit-after", "1500", "7"}})
-		if !codesSurvive() && status.Code(err) == codes.Unavailable {
+		if !harness.CodesSurvive() && status.Code(err) == codes.Unavailable {
 			return
 		}
 		if err != nil || r.ExitCode != 7 {
@@ -215,13 +201,13 @@ func TestExecsOutliveTheSupervisor(t *testing.T) {
 	if err := plain.in.Close(); err != nil {
 		t.Fatal(err)
 	}
-	if code := plain.exitCode(t); code != "0" && codesSurvive() {
+	if code := plain.exitCode(t); code != "0" && harness.CodesSurvive() {
 		t.Errorf("session: %s", code)
 	}
 	if _, err := io.WriteString(tty.in, "\x04"); err != nil {
 		t.Fatal(err)
 	}
-	if code := tty.exitCode(t); code != "0" && codesSurvive() {
+	if code := tty.exitCode(t); code != "0" && harness.CodesSurvive() {
 		t.Errorf("session with a terminal: %s", code)
 	}
 	wg.Wait()
