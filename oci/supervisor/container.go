@@ -72,6 +72,14 @@ type request struct {
 	seccomp *specs.LinuxSeccomp // the profile that body names by its digest; nil if it names none
 }
 
+// addTo completes a holding with what made its container.
+func (q *request) addTo(h *wire.Holding) {
+	h.Op, h.Create = q.op, q.body
+	if q.seccomp != nil {
+		h.Profile, _ = json.Marshal(q.seccomp) // decoded from JSON
+	}
+}
+
 // deletion is a running Delete that concurrent calls join.
 type deletion struct {
 	done chan struct{}

@@ -260,10 +260,7 @@ func (s *Server) create(f wire.Frame) error {
 	if err != nil {
 		return err
 	}
-	c := newContainer(r, request{op: f.Op, body: f.Body})
-	if f.Op == wire.OpCreateProfile {
-		c.request.seccomp = r.Spec.Linux.Seccomp
-	}
+	c := newContainer(f.Op, f.Body, r)
 	s.mu.Lock()
 	if old := s.containers[r.ID]; old != nil {
 		s.mu.Unlock()
@@ -280,22 +277,36 @@ func (s *Server) create(f wire.Frame) error {
 	}
 	s.containers[r.ID] = c
 	s.mu.Unlock()
+	return s.finish(c, &r, "create", func() (err error) {
+		crashpoint.Here("create", "make", "do")
+		c.oci, err = s.make(rt, r, digest)
+		return err
+	})
+}
+
+// newContainer is the container of a request whose profile is filled in.
+func newContainer(op wire.Op, body json.RawMessage, r wire.Create) *container {
+	c := &container{id: r.ID, request: request{op: op, body: body}, stdin: r.Stdin, stdinOnce: r.StdinOnce, made: make(chan struct{})}
+	if op == wire.OpCreateProfile {
+		c.request.seccomp = r.Spec.Linux.Seccomp
+	}
+	return c
+}
+
+// finish makes a container that is listed, or takes it off the list again, and lets
+// those go on who wait for it.
+func (s *Server) finish(c *container, r *wire.Create, verb string, make func() error) error {
 	s.touch()
-	c.makeErr = fmt.Errorf("create container: %w", errdefs.ErrInternal) // stands when the runtime panics
+	c.makeErr = fmt.Errorf("%s container: %w", verb, errdefs.ErrInternal) // stands when the runtime panics
 	defer func() {
 		if c.makeErr != nil {
 			s.forget(c)
 		}
 		close(c.made)
 	}()
-	s.complete(&r)
-	crashpoint.Here("create", "make", "do")
-	c.oci, c.makeErr = s.make(rt, r, digest)
+	s.complete(r)
+	c.makeErr = make()
 	return c.makeErr
-}
-
-func newContainer(r wire.Create, q request) *container {
-	return &container{id: r.ID, request: q, stdin: r.Stdin, stdinOnce: r.StdinOnce, made: make(chan struct{})}
 }
 
 // runtime finds the runtime that a container asks for. A handler's command line

@@ -98,10 +98,7 @@ func (s *Server) holdings(r wire.Holdings) (reply wire.HoldingsReply, files []*o
 		}
 		if c != nil && c.makeErr == nil {
 			if h, held, started := c.holding(s); started {
-				h.Op, h.Create = c.request.op, c.request.body
-				if c.request.seccomp != nil {
-					h.Profile, _ = json.Marshal(c.request.seccomp) // decoded from JSON
-				}
+				c.request.addTo(&h)
 				size += len(h.Create) + len(h.Profile)
 				reply.Holdings, files = append(reply.Holdings, h), append(files, held...)
 			}
@@ -165,10 +162,7 @@ func (s *Server) inherit(h wire.Holding, files []*os.File, from origin) (err err
 	if err != nil {
 		return err
 	}
-	c := newContainer(r, request{op: h.Op, body: h.Create})
-	if h.Op == wire.OpCreateProfile {
-		c.request.seccomp = r.Spec.Linux.Seccomp
-	}
+	c := newContainer(h.Op, h.Create, r)
 	s.mu.Lock()
 	if s.ending || s.containers[h.ID] != nil {
 		s.mu.Unlock()
@@ -176,17 +170,7 @@ func (s *Server) inherit(h wire.Holding, files []*os.File, from origin) (err err
 	}
 	s.containers[h.ID] = c
 	s.mu.Unlock()
-	s.touch()
-	c.makeErr = fmt.Errorf("adopt container: %w", errdefs.ErrInternal) // stands when the runtime panics
-	defer func() {
-		if c.makeErr != nil {
-			s.forget(c)
-		}
-		close(c.made)
-	}()
-	s.complete(&r)
-	c.makeErr = c.inherit(s, adopter, r, digest, h, files, from)
-	return c.makeErr
+	return s.finish(c, &r, "adopt", func() error { return c.inherit(s, adopter, r, digest, h, files, from) })
 }
 
 func (c *container) inherit(s *Server, rt oci.Adopter, r wire.Create, digest [32]byte, h wire.Holding, files []*os.File, from origin) (err error) {

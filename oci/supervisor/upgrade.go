@@ -231,10 +231,7 @@ func (e *estate) leaveContainer(s *Server, c *container, leave func(*os.File) in
 		}
 		return nil
 	}
-	h.Op, h.Create = c.request.op, c.request.body
-	if c.request.seccomp != nil {
-		h.Profile, _ = json.Marshal(c.request.seccomp) // decoded from JSON
-	}
+	c.request.addTo(&h)
 	numbers := func(files []*os.File) (out []int) {
 		for _, f := range files {
 			out = append(out, leave(f))
