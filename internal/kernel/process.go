@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"fmt"
 	"os"
+	"path/filepath"
 	"strconv"
 	"strings"
 	"unsafe"
@@ -77,19 +78,29 @@ func ExitStatus(pidfd int) (ws unix.WaitStatus, ok bool, err error) {
 	return 0, false, fmt.Errorf("PIDFD_INFO_EXIT: %w", errdefs.ErrNotImplemented)
 }
 
+// readStat reads the file stat of a process's or a thread's folder in /proc: its
+// name, which is its own choice and may hold anything, a ")" too, and the fields
+// behind that, from the third on (proc_pid_stat(5)).
+func readStat(dir string) (name string, fields []string, err error) {
+	b, err := os.ReadFile(filepath.Join(dir, "stat"))
+	if err != nil {
+		return "", nil, err
+	}
+	open, end := bytes.IndexByte(b, '('), bytes.LastIndexByte(b, ')')
+	if open < 0 || end < open || len(b) < end+3 {
+		return "", nil, fmt.Errorf("%s/stat: %q is not of the kernel's form", dir, b)
+	}
+	return string(b[open+1 : end]), strings.Fields(string(b[end+1:])), nil
+}
+
 // ZombieStatus reads the wait status of a process that has ended and waits to be
 // reaped by somebody else from /proc/PID/stat; ok is false for any other process.
 // The caller needs CAP_SYS_PTRACE, or the kernel shows 0, and must hold a pidfd of
 // the process and find afterwards that it was not reaped meanwhile.
 func ZombieStatus(pid int) (ws unix.WaitStatus, ok bool) {
-	b, err := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/stat")
-	if err != nil {
-		return 0, false
-	}
-	// "pid (comm) state ...": comm is the process's own choice; exit_code is field 52.
-	f := strings.Fields(string(b[bytes.LastIndexByte(b, ')')+1:]))
-	const state, exitCode = 0, 49 // of those behind comm, the second
-	if len(f) <= exitCode || f[state] != "Z" {
+	_, f, err := readStat("/proc/" + strconv.Itoa(pid))
+	const state, exitCode = 0, 49 // fields 3 and 52
+	if err != nil || len(f) <= exitCode || f[state] != "Z" {
 		return 0, false
 	}
 	n, err := strconv.Atoi(f[exitCode])

@@ -67,16 +67,14 @@ func Stuck(pid int) (Waiting, bool) {
 }
 
 func lookAt(dir string, pid int) (Waiting, error) {
-	b, err := os.ReadFile(filepath.Join(dir, "stat"))
+	name, fields, err := readStat(dir)
 	if err != nil {
 		return Waiting{}, err
 	}
-	// The name is the process's own choice and may hold anything, a ")" too.
-	open, end := strings.IndexByte(string(b), '('), strings.LastIndexByte(string(b), ')')
-	if open < 0 || end < open || len(b) < end+3 {
-		return Waiting{}, fmt.Errorf("%s/stat: %q is not of the kernel's form", dir, b)
+	if len(fields) == 0 {
+		return Waiting{}, fmt.Errorf("%s/stat: has no state", dir)
 	}
-	w := Waiting{Pid: pid, Command: string(b[open+1 : end]), State: b[end+2]}
+	w := Waiting{Pid: pid, Command: name, State: fields[0][0]}
 	if in, err := os.ReadFile(filepath.Join(dir, "wchan")); err == nil && string(in) != "0" {
 		w.In = string(in)
 	}

@@ -96,7 +96,7 @@ func (c *Container) assemble(req oci.CreateRequest, root *rootAside) error {
 		case !withRoot:
 			empty, err := c.rt.emptyNS()
 			if err == nil {
-				c.mountNS, err = dup(empty)
+				c.mountNS, err = kernel.Dup(empty)
 			}
 			return err
 		case !c.plan.ownMounts():
@@ -126,14 +126,6 @@ func (a *assembly) beRoot() error {
 	return nil
 }
 
-func dup(f *os.File) (*os.File, error) {
-	fd, err := unix.FcntlInt(f.Fd(), unix.F_DUPFD_CLOEXEC, 0)
-	if err != nil {
-		return nil, fmt.Errorf("dup: %w", err)
-	}
-	return os.NewFile(uintptr(fd), f.Name()), nil
-}
-
 // use keeps f until the assembly is done.
 func (a *assembly) use(f *os.File) *os.File {
 	a.closers = append(a.closers, f)
@@ -147,7 +139,7 @@ func (a *assembly) attach(p *prepared) error {
 			if p.fstype != "bind" || !slices.Contains(procBinds, rel) {
 				return invalid("%s.destination: nothing but a bind of a known file may cover procfs", p.field)
 			}
-			f, err := dup(p.file)
+			f, err := kernel.Dup(p.file)
 			if err != nil {
 				return err
 			}
@@ -167,7 +159,7 @@ func (a *assembly) attach(p *prepared) error {
 	defer at.Close()
 	switch p.fstype {
 	case "proc":
-		keep, err := dup(at)
+		keep, err := kernel.Dup(at)
 		if err != nil {
 			return err
 		}
@@ -203,7 +195,7 @@ func (a *assembly) attach(p *prepared) error {
 		}
 	}
 	if p.fstype == "devpts" && p.dest == "/dev/pts" {
-		a.pts, err = dup(p.file)
+		a.pts, err = kernel.Dup(p.file)
 	}
 	return err
 }

@@ -300,7 +300,7 @@ func (r *Runtime) reopen(req oci.CreateRequest, s Saved, init *os.File) (_ *Cont
 
 // useInit opens what execs need of the first process.
 func (c *Container) useInit(init *os.File) (err error) {
-	if c.init, err = dup(init); err != nil {
+	if c.init, err = kernel.Dup(init); err != nil {
 		return err
 	}
 	if c.cgroup != nil {

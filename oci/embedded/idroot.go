@@ -150,7 +150,7 @@ func (r *Runtime) layersUser(req oci.CreateRequest, p *plan) (*os.File, error) {
 		return nil, nil
 	}
 	if f := req.Namespaces[specs.UserNamespace]; f != nil {
-		return dup(f)
+		return kernel.Dup(f)
 	}
 	switch n := p.ns[specs.UserNamespace]; n.mode {
 	case nsNew:

@@ -100,7 +100,7 @@ func (a *assembly) checkJoined() error {
 
 func (a *assembly) openNS(t specs.LinuxNamespaceType) (*os.File, error) {
 	if f := a.req.Namespaces[t]; f != nil {
-		return dup(f)
+		return kernel.Dup(f)
 	}
 	return openNSPath(t, a.plan.ns[t].path)
 }

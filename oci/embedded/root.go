@@ -66,7 +66,7 @@ func (a *assembly) buildRoot() error {
 	}
 	a.root = a.rootfs
 	if a.plan.hostTree() || beside {
-		if a.rootDir, err = dup(a.root); err != nil {
+		if a.rootDir, err = kernel.Dup(a.root); err != nil {
 			return err
 		}
 	} else {

@@ -10,6 +10,7 @@ import (
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 
+	"github.com/berth-runtime/berth/internal/kernel"
 	"github.com/berth-runtime/berth/oci"
 )
 
@@ -55,7 +56,7 @@ func (c *Container) first(ctx context.Context, io oci.Stdio, gate *Gate) (oci.Pr
 		}
 		return oci.Process{}, explain(err, arg0)
 	}
-	if c.init, err = dup(proc.PidFD); err != nil {
+	if c.init, err = kernel.Dup(proc.PidFD); err != nil {
 		return oci.Process{}, errors.Join(err, abandon(proc))
 	}
 	c.pid = proc.Pid

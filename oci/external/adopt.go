@@ -27,7 +27,7 @@ func (c *Container) Bequeath() (json.RawMessage, []*os.File, error) {
 	if c.mounts == nil {
 		return nil, nil, fmt.Errorf("container %s: deleted: %w", c.id, errdefs.ErrFailedPrecondition)
 	}
-	ns, err := dup(c.mounts)
+	ns, err := kernel.Dup(c.mounts)
 	if err != nil {
 		return nil, nil, err
 	}
@@ -45,7 +45,7 @@ func (r *Runtime) Adopt(_ context.Context, h oci.Heritage) (_ oci.Container, err
 	}
 	c := &Container{rt: r, id: req.ID, dir: filepath.Join(r.bundles(), string(req.ID)), cgroupPath: req.Spec.Linux.CgroupsPath,
 		spec: req.Spec, made: true, started: true, pid: h.Pid}
-	if c.mounts, err = dup(h.Files[0]); err != nil {
+	if c.mounts, err = kernel.Dup(h.Files[0]); err != nil {
 		return nil, err
 	}
 	defer func() {
@@ -60,7 +60,7 @@ func (r *Runtime) Adopt(_ context.Context, h oci.Heritage) (_ oci.Container, err
 	}
 	if h.PidFD != nil {
 		if gone, err := kernel.Exited(int(h.PidFD.Fd())); err == nil && !gone {
-			if c.init, err = dup(h.PidFD); err != nil {
+			if c.init, err = kernel.Dup(h.PidFD); err != nil {
 				return nil, err
 			}
 		}

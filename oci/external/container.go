@@ -91,7 +91,7 @@ func (c *Container) start(ctx context.Context, io oci.Stdio) (_ oci.Process, err
 	if err != nil {
 		return oci.Process{}, err
 	}
-	init, err := dup(p.PidFD)
+	init, err := kernel.Dup(p.PidFD)
 	if err == nil {
 		if err = c.run(ctx, call{verb: "start", args: []string{string(c.id)}}); err != nil {
 			init.Close()
@@ -171,14 +171,6 @@ func abandon(p oci.Process) error {
 		werr = nil // a runtime may have given it another parent
 	}
 	return errors.Join(err, werr, p.PidFD.Close())
-}
-
-func dup(f *os.File) (*os.File, error) {
-	fd, err := unix.FcntlInt(f.Fd(), unix.F_DUPFD_CLOEXEC, 0)
-	if err != nil {
-		return nil, fmt.Errorf("dup: %w", err)
-	}
-	return os.NewFile(uintptr(fd), f.Name()), nil
 }
 
 // running is nil while the first process runs.
